@@ -1,0 +1,183 @@
+# Finds cuDNN and the CUDA headers that cudnn.h includes; neither nvcc nor libcudart is needed.
+#
+#   find_package(CUDNN 9.0 [REQUIRED] [QUIET])
+#
+# Gives   CUDNN::cudnn, CUDNN_FOUND, CUDNN_VERSION, CUDNN_LIBRARY, CUDNN_INCLUDE_DIR (cudnn.h),
+#         CUDNN_CUDA_INCLUDE_DIRS (cuda_runtime_api.h) and CUDNN_INCLUDE_DIRS (both).
+# Reads   CUDNN_ROOT, then CUDAToolkit_ROOT, CUDA_HOME, CUDA_PATH: CMake or environment variables;
+#         a CUDNN_ROOT without cuDNN is an error, never a silent other choice;
+#         CUDNN_LIBRARY with CUDNN_INCLUDE_DIR, or CUDNN_CUDA_INCLUDE_DIRS, replace the search;
+#         Python_EXECUTABLE, the interpreter asked for its NVIDIA wheels.
+# Order   what the user points to, the wheels, /usr/local/cuda, CMake's own search path.
+#         The first place that has both the headers and the library is taken, so they match.
+
+set(_cudnn_looked "") # one line per place that was refused, for the message of a failure
+
+# Variables NAME... of CMake and of the environment, as absolute paths.
+function(_cudnn_paths_from out)
+  set(paths "")
+  foreach(name IN LISTS ARGN)
+    foreach(value IN LISTS ${name})
+      get_filename_component(value "${value}" ABSOLUTE)
+      list(APPEND paths "${value}")
+    endforeach()
+    if(DEFINED ENV{${name}})
+      file(TO_CMAKE_PATH "$ENV{${name}}" value)
+      list(APPEND paths ${value})
+    endif()
+  endforeach()
+  list(REMOVE_DUPLICATES paths)
+  set(${out} "${paths}" PARENT_SCOPE)
+endfunction()
+
+# The folders of Python packages, found without importing them: also right under build isolation.
+function(_cudnn_package_folders out)
+  set(${out} "" PARENT_SCOPE)
+  if(NOT Python_EXECUTABLE)
+    return()
+  endif()
+  set(script [[
+import importlib.util, sys
+for name in sys.argv[1:]:
+    try:
+        spec = importlib.util.find_spec(name)
+    except ImportError:
+        continue
+    print(*(spec and spec.submodule_search_locations or ()), sep="\n")
+]])
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -c "${script}" ${ARGN}
+    OUTPUT_VARIABLE printed ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
+  string(REGEX REPLACE "[\r\n]+" ";" folders "${printed}")
+  list(REMOVE_ITEM folders "")
+  set(${out} "${folders}" PARENT_SCOPE)
+endfunction()
+
+# find_path and find_library leave no cache entry here: a folder of an earlier build isolation is
+# gone at the next build, and a new CUDNN_ROOT must win over an old answer.
+function(_cudnn_look_for_header out header)
+  unset(_cudnn_hit CACHE)
+  find_path(_cudnn_hit "${header}" ${ARGN})
+  set(${out} "${_cudnn_hit}" PARENT_SCOPE)
+  unset(_cudnn_hit CACHE)
+endfunction()
+
+function(_cudnn_look_for_library out)
+  unset(_cudnn_hit CACHE)
+  # The wheel has libcudnn.so.9 only, and the soname is what must not change at run time.
+  find_library(_cudnn_hit NAMES libcudnn.so.9 cudnn NAMES_PER_DIR ${ARGN})
+  set(${out} "${_cudnn_hit}" PARENT_SCOPE)
+  unset(_cudnn_hit CACHE)
+endfunction()
+
+function(_cudnn_read_version out include_dir)
+  set(version "")
+  foreach(header IN ITEMS cudnn_version_v9.h cudnn_version.h)
+    if(NOT version AND EXISTS "${include_dir}/${header}")
+      file(STRINGS "${include_dir}/${header}" lines REGEX "#define CUDNN_(MAJOR|MINOR|PATCHLEVEL) ")
+      if("${lines}" MATCHES "MAJOR +([0-9]+).*MINOR +([0-9]+).*PATCHLEVEL +([0-9]+)")
+        set(version "${CMAKE_MATCH_1}.${CMAKE_MATCH_2}.${CMAKE_MATCH_3}")
+      endif()
+    endif()
+  endforeach()
+  set(${out} "${version}" PARENT_SCOPE)
+endfunction()
+
+# --- the places -----------------------------------------------------------------------------------
+if(NOT Python_EXECUTABLE)
+  find_package(Python QUIET COMPONENTS Interpreter)
+endif()
+_cudnn_paths_from(_cudnn_given CUDNN_ROOT)
+_cudnn_paths_from(_cudnn_toolkits CUDAToolkit_ROOT CUDA_HOME CUDA_PATH)
+_cudnn_package_folders(_cudnn_wheel nvidia.cudnn)
+# CUDA 13 wheels share nvidia/cu13, CUDA 12 has a folder per wheel (crt/ comes with nvcc there).
+# PyTorch's own wheels lack crt/, but Triton, which they need, carries a full set of headers.
+_cudnn_package_folders(_cudnn_cuda_wheels nvidia.cu13 nvidia.cuda_runtime nvidia.cuda_nvcc)
+_cudnn_package_folders(_cudnn_triton triton.backends.nvidia)
+
+# --- cuDNN ----------------------------------------------------------------------------------------
+if(NOT (CUDNN_LIBRARY AND CUDNN_INCLUDE_DIR))
+  if(_cudnn_given)
+    set(_cudnn_places ${_cudnn_given})
+  else()
+    set(_cudnn_places ${_cudnn_toolkits} ${_cudnn_wheel} /usr/local/cuda "the system")
+    if(NOT _cudnn_wheel)
+      string(APPEND _cudnn_looked
+             "\n  wheel nvidia-cudnn: not installed for \"${Python_EXECUTABLE}\"")
+    endif()
+  endif()
+  foreach(_cudnn_place IN LISTS _cudnn_places)
+    if(_cudnn_place STREQUAL "the system")
+      set(_cudnn_where "")
+    else()
+      set(_cudnn_where PATHS "${_cudnn_place}" NO_DEFAULT_PATH)
+    endif()
+    _cudnn_look_for_header(_cudnn_header_dir cudnn.h ${_cudnn_where} PATH_SUFFIXES include)
+    _cudnn_look_for_library(_cudnn_library ${_cudnn_where}
+                            PATH_SUFFIXES lib lib64 "lib/${CMAKE_LIBRARY_ARCHITECTURE}")
+    _cudnn_read_version(_cudnn_version "${_cudnn_header_dir}")
+    if(NOT _cudnn_header_dir)
+      string(APPEND _cudnn_looked "\n  ${_cudnn_place}: no cudnn.h")
+    elseif(NOT _cudnn_library)
+      string(APPEND _cudnn_looked "\n  ${_cudnn_place}: cudnn.h, but no libcudnn.so.9")
+    elseif(CUDNN_FIND_VERSION AND _cudnn_version VERSION_LESS CUDNN_FIND_VERSION)
+      string(APPEND _cudnn_looked
+             "\n  ${_cudnn_place}: version \"${_cudnn_version}\" is older than ${CUDNN_FIND_VERSION}")
+    else()
+      set(CUDNN_INCLUDE_DIR "${_cudnn_header_dir}")
+      set(CUDNN_LIBRARY "${_cudnn_library}")
+      break()
+    endif()
+  endforeach()
+endif()
+if(CUDNN_INCLUDE_DIR)
+  _cudnn_read_version(CUDNN_VERSION "${CUDNN_INCLUDE_DIR}")
+endif()
+
+# --- the CUDA headers that cudnn.h includes -------------------------------------------------------
+if(NOT CUDNN_CUDA_INCLUDE_DIRS)
+  # Several folders can be one place: the wheels put crt/ elsewhere than cuda_runtime_api.h.
+  list(JOIN _cudnn_cuda_wheels "|" _cudnn_cuda_wheels)
+  foreach(_cudnn_place IN ITEMS ${_cudnn_given} ${_cudnn_toolkits} ${_cudnn_cuda_wheels}
+                                ${_cudnn_triton} /usr/local/cuda "the system")
+    string(REPLACE "|" ";" _cudnn_where "${_cudnn_place}")
+    if(_cudnn_place STREQUAL "the system")
+      set(_cudnn_where "")
+    else()
+      set(_cudnn_where PATHS ${_cudnn_where} NO_DEFAULT_PATH)
+    endif()
+    _cudnn_look_for_header(_cudnn_runtime cuda_runtime_api.h ${_cudnn_where} PATH_SUFFIXES include)
+    _cudnn_look_for_header(_cudnn_crt crt/host_defines.h ${_cudnn_where} PATH_SUFFIXES include)
+    if(_cudnn_runtime AND _cudnn_crt)
+      set(CUDNN_CUDA_INCLUDE_DIRS "${_cudnn_runtime}" "${_cudnn_crt}")
+      list(REMOVE_DUPLICATES CUDNN_CUDA_INCLUDE_DIRS)
+      break()
+    elseif(_cudnn_runtime)
+      set(_cudnn_missing "cuda_runtime_api.h, but no crt/host_defines.h (wheel nvidia-cuda-crt)")
+    else()
+      set(_cudnn_missing "no cuda_runtime_api.h")
+    endif()
+    string(APPEND _cudnn_looked "\n  ${_cudnn_place}: ${_cudnn_missing}")
+  endforeach()
+endif()
+
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(
+  CUDNN
+  REQUIRED_VARS CUDNN_LIBRARY CUDNN_INCLUDE_DIR CUDNN_CUDA_INCLUDE_DIRS
+  VERSION_VAR CUDNN_VERSION
+  REASON_FAILURE_MESSAGE
+    "\nLooked in:${_cudnn_looked}
+Point CUDNN_ROOT to cuDNN and CUDAToolkit_ROOT to CUDA, or install the wheels nvidia-cudnn-cu13, \
+nvidia-cuda-runtime and nvidia-cuda-crt for \"${Python_EXECUTABLE}\".\n")
+
+if(CUDNN_FOUND)
+  set(CUDNN_INCLUDE_DIRS "${CUDNN_INCLUDE_DIR}" ${CUDNN_CUDA_INCLUDE_DIRS})
+  list(REMOVE_DUPLICATES CUDNN_INCLUDE_DIRS)
+  if(NOT TARGET CUDNN::cudnn)
+    add_library(CUDNN::cudnn SHARED IMPORTED)
+    set_target_properties(
+      CUDNN::cudnn PROPERTIES IMPORTED_LOCATION "${CUDNN_LIBRARY}"
+                              INTERFACE_INCLUDE_DIRECTORIES "${CUDNN_INCLUDE_DIRS}")
+  endif()
+endif()

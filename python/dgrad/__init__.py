@@ -1,0 +1,49 @@
+"""PyTorch's ConvTranspose2d, run on cuDNN's data gradient."""
+
+# PyTorch first: the native module binds to the cuDNN that PyTorch has mapped.
+import torch  # noqa: F401  isort: skip
+
+from importlib.metadata import PackageNotFoundError, version
+
+from ._loader import is_available, unavailable_reason
+from .config import flags, set_flags
+from .convert import convert, restore
+from .exceptions import (
+    CudnnBadParameterError,
+    CudnnError,
+    CudnnExecutionError,
+    CudnnInternalError,
+    CudnnNotInitializedError,
+    CudnnNotSupportedError,
+    NotSupportedError,
+    OutOfMemoryError,
+)
+from .functional import conv_transpose2d
+from .modules import ConvTranspose2d
+from .planner import plan_cache
+
+try:
+    __version__ = version("dgrad")
+except PackageNotFoundError:  # run from a source or build tree that was not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ConvTranspose2d",
+    "CudnnBadParameterError",
+    "CudnnError",
+    "CudnnExecutionError",
+    "CudnnInternalError",
+    "CudnnNotInitializedError",
+    "CudnnNotSupportedError",
+    "NotSupportedError",
+    "OutOfMemoryError",
+    "__version__",
+    "conv_transpose2d",
+    "convert",
+    "flags",
+    "is_available",
+    "plan_cache",
+    "restore",
+    "set_flags",
+    "unavailable_reason",
+]

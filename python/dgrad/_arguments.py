@@ -1,0 +1,128 @@
+"""What conv_transpose2d accepts: PyTorch's exception classes, with the argument, its value and
+what was expected in the text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._geometry import Geometry, Pair, output_size
+
+_INT64_MAX = 2**63 - 1
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def check_tensors(input: object, weight: object, bias: object) -> None:
+    """The checks that need no geometry: kinds, layouts, devices, dtypes.
+
+    Raises:
+        TypeError: not a tensor.
+        NotImplementedError: a quantized tensor.
+        RuntimeError: a sparse tensor, or a device or dtype that is not the input's.
+    """
+    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
+        if value is None and name == "bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"conv_transpose2d(): {name} is of type {type(value).__name__}, expected a Tensor"
+            )
+        if value.is_quantized:
+            raise NotImplementedError(
+                f"{name} is quantized ({value.dtype}), expected a floating-point tensor: "
+                "dequantize() it first"
+            )
+        if value.layout is not torch.strided and value.layout is not torch._mkldnn:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"{name} has layout {value.layout}, expected a dense tensor: to_dense() it first"
+            )
+    assert isinstance(input, Tensor)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) or input.layout is not torch.strided:
+            continue
+        if value.device != input.device:
+            raise RuntimeError(
+                f"{name} is on {value.device}, expected {input.device}, the device of input"
+            )
+        if value.dtype != input.dtype and not _autocasts(input.device.type):
+            raise RuntimeError(
+                f"{name} has dtype {value.dtype}, expected {input.dtype}, the dtype of input"
+            )
+
+
+def check_sizes(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_padding: Pair
+) -> Pair:
+    """The checks of shapes and numbers; returns the output's spatial size.
+
+    Raises:
+        ValueError: a number that does not fit in 64 bits.
+        RuntimeError: everything else that does not fit together.
+    """
+    padding, stride, dilation, groups = geometry
+    for name, values, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("output_padding", output_padding, 0),
+        ("dilation", dilation, 1),
+        ("groups", (groups,), 1),
+    ):
+        shown = values if len(values) > 1 else values[0]
+        if max(values) > _INT64_MAX or min(values) < -_INT64_MAX:
+            raise ValueError(f"{name} is {shown}, expected a 64-bit integer")
+        if min(values) < least:
+            raise RuntimeError(f"{name} is {shown}, expected at least {least}")
+    if input.dim() not in (3, 4):
+        raise RuntimeError(
+            f"input has shape {_shape(input)}, expected 3 dimensions (C_in, H, W) "
+            "or 4 dimensions (N, C_in, H, W)"
+        )
+    if weight.dim() != 4:
+        raise RuntimeError(
+            f"weight has shape {_shape(weight)}, expected 4 dimensions (C_in, C_out/groups, kH, kW)"
+        )
+    if min(weight.shape) < 1 or min(input.shape[-3:]) < 1:
+        name, tensor = ("weight", weight) if min(weight.shape) < 1 else ("input", input)
+        raise RuntimeError(
+            f"{name} has shape {_shape(tensor)}, expected each size to be at least 1 "
+            "(only the batch may be empty)"
+        )
+    if weight.shape[0] % groups != 0:
+        raise RuntimeError(
+            f"groups is {groups}, expected a divisor of the {weight.shape[0]} input channels "
+            f"of weight {_shape(weight)}"
+        )
+    if input.shape[-3] != weight.shape[0]:
+        raise RuntimeError(
+            f"input has shape {_shape(input)} with {input.shape[-3]} channels, expected "
+            f"{weight.shape[0]} channels as in weight {_shape(weight)}"
+        )
+    channels = weight.shape[1] * groups
+    if bias is not None and _shape(bias) != (channels,):
+        raise RuntimeError(f"bias has shape {_shape(bias)}, expected ({channels},)")
+    for i, side in enumerate(("height", "width")):
+        if output_padding[i] >= max(stride[i], dilation[i]):
+            raise RuntimeError(
+                f"output_padding is {output_padding}, expected a {side} smaller than stride "
+                f"{stride[i]} or dilation {dilation[i]}"
+            )
+    size = output_size(input.shape[-2:], weight.shape[-2:], geometry, output_padding)
+    if min(size) < 1:
+        raise RuntimeError(
+            f"the output of input {_shape(input)}, weight {_shape(weight)}, stride {stride}, "
+            f"padding {padding}, output_padding {output_padding}, dilation {dilation} has "
+            f"size {size}, expected at least 1"
+        )
+    images = input.shape[0] if input.dim() == 4 else 1
+    if images * channels * size[0] * size[1] * input.element_size() > _INT64_MAX:
+        raise RuntimeError(
+            f"the output has size {(images, channels, *size)}, expected at most {_INT64_MAX} bytes"
+        )
+    return size

@@ -1,0 +1,88 @@
+"""The three directions as differentiable functions.
+
+Note [Closed under differentiation]
+With t(x, w, y) = <conv(x, w), y>, each direction is the gradient of t for the one of x, w and y
+that it makes, taken at the other two. t is linear in each, so the gradient of a direction for one
+of its inputs is again a direction: the one that makes this input, with the incoming gradient in
+the place of the result. One rule therefore gives the gradients of all orders.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _fallback
+from ._call import DTYPES, INPUTS, OUTPUT, Call, call_for
+from ._geometry import Geometry, Pair, is_channels_last
+
+_MAKES = {slot: direction for direction, slot in OUTPUT.items()}
+
+
+def convolution(
+    direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pair, call: Call | None = None
+) -> Tensor:
+    """The result of ``direction``, with spatial size ``size``, differentiable.
+
+    Args:
+        direction: "dgrad" of (y, w), "fprop" of (x, w) or "wgrad" of (x, y).
+        a, b: the two 4-d inputs, of one dtype and device.
+        call: the call made ready for these tensors, if the caller has it.
+    """
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        result: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
+            a, b, direction, geometry, size, call
+        )
+        return result
+    if call is None and not (a.is_cuda and a.dtype in DTYPES):
+        return _fallback.run(direction, a, b, geometry, size)
+    return (call or call_for(direction, a, b, geometry, size))(a, b)
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        direction: str,
+        geometry: Geometry,
+        size: Pair,
+        call: Call | None,
+    ) -> Tensor:
+        needs_a, needs_b = ctx.needs_input_grad[:2]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
+        ctx.direction, ctx.geometry = direction, geometry
+        ctx.sizes = (tuple(a.shape[2:]), tuple(b.shape[2:]))
+        ctx.a_is_channels_last = is_channels_last(a.shape, a.stride())
+        return convolution(direction, a, b, geometry, size, call)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if grad is None:
+            return (None,) * 6
+        a, b = ctx.saved_tensors
+        grad = grad.resolve_neg()
+        if ctx.direction == "dgrad":
+            # PyTorch brings the incoming gradient into the input's layout, so the results follow.
+            grad = grad.contiguous(
+                memory_format=torch.channels_last
+                if ctx.a_is_channels_last
+                else torch.contiguous_format
+            )
+        slots = INPUTS[ctx.direction]
+        values = dict(zip(slots, (a, b), strict=True)) | {OUTPUT[ctx.direction]: grad}
+
+        def gradient(index: int) -> Tensor | None:
+            if not ctx.needs_input_grad[index]:
+                return None
+            direction = _MAKES[slots[index]]
+            first, second = (values[slot] for slot in INPUTS[direction])
+            return convolution(direction, first, second, ctx.geometry, ctx.sizes[index])
+
+        return gradient(0), gradient(1), None, None, None, None

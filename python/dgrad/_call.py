@@ -1,0 +1,216 @@
+"""One call made ready: how two tensors enter a direction, and what tensor comes out.
+
+A direction takes two of (x, w, y) and makes the third; see Note [Geometry] in src/problem.hpp.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _fallback, _loader, config, log
+from ._geometry import Geometry, Pair, is_channels_last
+from .exceptions import NotSupportedError, OutOfMemoryError
+from .planner import Runner, plan_cache
+
+DTYPES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+INPUTS = {"dgrad": ("y", "w"), "fprop": ("x", "w"), "wgrad": ("x", "y")}
+OUTPUT = {"dgrad": "x", "fprop": "y", "wgrad": "w"}
+
+MAX_ELEMENTS = 2**31 - 1  # of one tensor in one cuDNN call
+
+
+def _alignment(pointer: int) -> int:
+    """The largest power of two up to 16 bytes that divides an address."""
+    return (pointer & -pointer) & 15 or 16
+
+
+def output_shape(
+    direction: str, a: Sequence[int], b: Sequence[int], groups: int, size: Pair
+) -> tuple[int, int, int, int]:
+    """Shape of the direction's result, of spatial size ``size``."""
+    if direction == "dgrad":
+        return (a[0], b[1] * groups, *size)
+    if direction == "fprop":
+        return (a[0], b[0], *size)
+    return (b[1], a[1] // groups, *size)
+
+
+class Call:
+    """Runs one direction for tensors of one shape, stride and type, on one thread.
+
+    Tensors with more than 2^31 - 1 elements are split along the batch: exactly for dgrad and
+    fprop; for wgrad the parts are summed in float32 (float64 for float64).
+    """
+
+    __slots__ = (
+        "_a_is_dense",
+        "_arguments",
+        "_b_is_dense",
+        "_device",
+        "_format",
+        "_may_fall_back",
+        "_out_shape",
+        "_parts",
+        "_runs_in_pytorch",
+        "_single",
+    )
+
+    def __init__(
+        self, direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pair
+    ) -> None:
+        core = _loader.require()
+        policy = config.policy()
+        self._arguments = (direction, geometry, size)
+        self._may_fall_back = policy.fallback == "pytorch" and not policy.algorithm
+        self._runs_in_pytorch = False
+        self._device: int = a.get_device()
+        # PyTorch's rule, so that outputs get PyTorch's strides.
+        nhwc = a.dtype != torch.float64 and (
+            is_channels_last(a.shape, a.stride()) or is_channels_last(b.shape, b.stride())
+        )
+        self._format = torch.channels_last if nhwc else torch.contiguous_format
+        self._a_is_dense = a.is_contiguous(memory_format=self._format)
+        self._b_is_dense = b.is_contiguous(memory_format=self._format)
+        self._out_shape = output_shape(direction, a.shape, b.shape, geometry.groups, size)
+
+        first, second = INPUTS[direction]
+        shapes = {
+            first: tuple(a.shape),
+            second: tuple(b.shape),
+            OUTPUT[direction]: self._out_shape,
+        }
+        alignment = min(
+            _alignment(tensor.data_ptr()) if dense else 16
+            for tensor, dense in ((a, self._a_is_dense), (b, self._b_is_dense))
+        )
+
+        def runner(images: int) -> Runner:
+            problem = core.Problem(
+                direction=direction,
+                dtype=DTYPES[a.dtype],
+                tf32=a.dtype == torch.float32 and config.tf32_allowed(),
+                layout="nhwc" if nhwc else "nchw",
+                x=(images, *shapes["x"][1:]),
+                w=shapes["w"],
+                y=(images, *shapes["y"][1:]),
+                padding=geometry.padding,
+                stride=geometry.stride,
+                dilation=geometry.dilation,
+                groups=geometry.groups,
+                alignment=alignment,
+                device=self._device,
+            )
+            return Runner(problem, policy)
+
+        step = _images_per_call(shapes)
+        images = shapes["x"][0]
+        runners = {count: runner(count) for count in {min(step, images), images % step} if count}
+        self._parts = [
+            (runners[min(step, images - start)], start, min(start + step, images))
+            for start in range(0, images, step)
+        ]
+        self._single = self._parts[0][0] if len(self._parts) == 1 else None
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        if self._runs_in_pytorch:
+            direction, geometry, size = self._arguments
+            return _fallback.run(direction, a, b, geometry, size)
+        try:
+            return self._run(a, b)
+        except OutOfMemoryError:
+            raise
+        except NotSupportedError as error:
+            if not self._may_fall_back:
+                raise
+            log.fallback(str(error))
+        self._runs_in_pytorch = True
+        return self(a, b)
+
+    def _run(self, a: Tensor, b: Tensor) -> Tensor:
+        if not self._a_is_dense:
+            a = a.contiguous(memory_format=self._format)
+        if not self._b_is_dense:
+            b = b.contiguous(memory_format=self._format)
+        out = torch.empty(
+            self._out_shape, dtype=a.dtype, device=a.device, memory_format=self._format
+        )
+        if torch._C._cuda_getDevice() == self._device:
+            return self._fill(a, b, out)
+        with torch.cuda.device(self._device):
+            return self._fill(a, b, out)
+
+    def _fill(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        direction = self._arguments[0]
+        if self._single is not None:
+            _execute(self._single, direction, a, b, out)
+        elif direction == "wgrad":
+            total = torch.zeros_like(out, dtype=torch.promote_types(out.dtype, torch.float32))
+            for runner, start, stop in self._parts:
+                _execute(runner, direction, a[start:stop], b[start:stop], out)
+                total += out
+            out.copy_(total)
+        else:
+            for runner, start, stop in self._parts:
+                _execute(runner, direction, a[start:stop], b, out[start:stop])
+        return out
+
+
+def _execute(runner: Runner, direction: str, a: Tensor, b: Tensor, out: Tensor) -> None:
+    if direction == "dgrad":
+        runner.run(out.data_ptr(), b.data_ptr(), a.data_ptr())
+    elif direction == "fprop":
+        runner.run(a.data_ptr(), b.data_ptr(), out.data_ptr())
+    else:
+        runner.run(a.data_ptr(), out.data_ptr(), b.data_ptr())
+
+
+def _images_per_call(shapes: dict[str, tuple[int, ...]]) -> int:
+    """How many images fit into one cuDNN call; NotSupportedError where not one does."""
+    for name in ("x", "y"):
+        per_image = shapes[name][1] * shapes[name][2] * shapes[name][3]
+        if per_image > MAX_ELEMENTS:
+            side = "output" if name == "x" else "input"
+            raise NotSupportedError(
+                f"one image of the {side} has {per_image} elements (shape {shapes[name]}), and "
+                f"cuDNN takes at most {MAX_ELEMENTS} in one call; run it in smaller tiles"
+            )
+    w = shapes["w"]
+    if w[0] * w[1] * w[2] * w[3] > MAX_ELEMENTS:
+        raise NotSupportedError(
+            f"weight has shape {w}, and cuDNN takes at most {MAX_ELEMENTS} elements in one call"
+        )
+    return min(MAX_ELEMENTS // (s[1] * s[2] * s[3]) for s in (shapes["x"], shapes["y"]))
+
+
+def call_for(direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pair) -> Call:
+    """The cached call for these tensors under the flags in force, made if there is none."""
+    key = (
+        direction,
+        a.shape,
+        a.stride(),
+        b.shape,
+        b.stride(),
+        a.dtype,
+        a.get_device(),
+        geometry,
+        size,
+        a.data_ptr() & 15,
+        b.data_ptr() & 15,
+        config.tf32_allowed(),
+        config.policy(),
+        threading.get_ident(),
+    )
+    call = plan_cache.get(key)
+    if call is None:
+        call = Call(direction, a, b, geometry, size)
+        plan_cache.put(key, call)
+    return call

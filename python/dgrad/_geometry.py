@@ -1,0 +1,93 @@
+"""Sizes, strides and padding of a transposed convolution: pure functions of integers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Pair = tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """What the three directions of one layer share; output_padding lies in the sizes."""
+
+    padding: Pair
+    stride: Pair
+    dilation: Pair
+    groups: int
+
+
+def pair(value: object, name: str) -> Pair:
+    """``value`` as (vertical, horizontal), accepting what PyTorch's parser accepts.
+
+    Raises:
+        TypeError: not an integer or a sequence of integers (bool is none, as in PyTorch).
+        RuntimeError: a sequence whose length is not 1 or 2.
+    """
+    if type(value) is tuple and len(value) == 2:
+        if type(value[0]) is int and type(value[1]) is int:
+            return value
+    elif type(value) is int:
+        return value, value
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    if len(items) not in (1, 2):
+        raise RuntimeError(f"{name} is {value!r}, expected one integer or a list of 2 values")
+    first, last = integer(items[0], name), integer(items[-1], name)
+    return first, last
+
+
+def integer(value: object, name: str) -> int:
+    """``value`` as an int; TypeError where PyTorch's parser would raise one."""
+    if isinstance(value, (bool, float, complex, str)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}, expected an integer, not {type(value).__name__}")
+    return operator.index(value)
+
+
+def output_size(
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    geometry: Geometry,
+    output_padding: Pair,
+) -> Pair:
+    """Spatial size (H_out, W_out) of the transposed convolution, by PyTorch's formula:
+    ``(H - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1``.
+    """
+    padding, stride, dilation, _ = geometry
+    height, width = (
+        (input_size[i] - 1) * stride[i]
+        - 2 * padding[i]
+        + dilation[i] * (kernel_size[i] - 1)
+        + output_padding[i]
+        + 1
+        for i in (0, 1)
+    )
+    return height, width
+
+
+def appended_rows(output_padding: Pair, stride: Pair) -> Pair:
+    """How many zero rows and columns to append to the input so that output_padding < stride.
+
+    cuDNN takes an output only where the forward convolution of it has exactly the input's size,
+    that is output_padding < stride. One more input row adds ``stride`` output rows and, being
+    zero, no value: it stands for ``stride`` of the output padding.
+    """
+    return output_padding[0] // stride[0], output_padding[1] // stride[1]
+
+
+def is_channels_last(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether PyTorch reads these strides of a 4-d tensor as channels_last.
+
+    The rule of c10/core/MemoryFormat.h (``is_channels_last_strides_2d``), also where sizes of
+    one make the strides ambiguous.
+    """
+    if len(size) != 4 or stride[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if size[d] == 0 or stride[d] < least:
+            return False
+        if d == 0 and least == stride[1]:
+            return False
+        least = stride[d] * max(size[d], 1)
+    return True

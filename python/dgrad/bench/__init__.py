@@ -1,0 +1,1 @@
+"""Fair timing, and comparisons with PyTorch. `import dgrad` imports nothing of it."""

@@ -1,0 +1,135 @@
+"""Are two outputs of a model equal, by KernelBench's rule?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+_HALF = (torch.float16, torch.bfloat16)
+# Elements looked at together: the temporaries of a 2 GiB output then stay below 0.5 GiB.
+_PIECE = 1 << 24
+
+
+@dataclass(slots=True)
+class Verdict:
+    """`max_abs_diff` is None where nothing could be subtracted, inf where only one side is NaN.
+
+    `dtype` and `tolerance` (atol = rtol) are those of the first tensor; `differences` says in
+    words where and how the outputs differ.
+    """
+
+    max_abs_diff: float | None = None
+    dtype: str | None = None
+    tolerance: float | None = None
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def equal(self) -> bool:
+        return not self.differences
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """KernelBench's atol = rtol: 1e-2 for half types, else 1e-4."""
+    return 1e-2 if dtype in _HALF else 1e-4
+
+
+def judge(reference: object, other: object) -> Verdict:
+    """Compare tensors, numbers, and nests of them in tuples, lists, dicts and dataclasses.
+
+    Tensors are equal where shape and dtype are the same and
+    torch.allclose(reference, other, rtol, atol, equal_nan=True) holds.
+    Raises TypeError for any other kind of output.
+    """
+    verdict = Verdict()
+    _judge(reference, other, "output", verdict)
+    return verdict
+
+
+def _judge(a: object, b: object, where: str, verdict: Verdict) -> None:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        _judge_tensors(a, b, where, verdict)
+    elif type(a) is not type(b):
+        verdict.differences.append(
+            f"{where}: {type(a).__name__} from PyTorch, {type(b).__name__} from dgrad"
+        )
+    elif a is None or isinstance(a, (bool, int, float, complex, str, bytes)):
+        if a != b and not (a != a and b != b):
+            verdict.differences.append(f"{where}: {a!r} from PyTorch, {b!r} from dgrad")
+    else:
+        parts, others = _parts(a, where), _parts(b, where)
+        if parts.keys() != others.keys():
+            verdict.differences.append(
+                f"{where}: {list(parts)} from PyTorch, {list(others)} from dgrad"
+            )
+            return
+        for name, part in parts.items():
+            _judge(part, others[name], f"{where}{name}", verdict)
+
+
+def _parts(value: object, where: str) -> dict[str, object]:
+    """What a container holds, each under the text that indexes it."""
+    if isinstance(value, Mapping):
+        return {f"[{key!r}]": part for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return {f"[{i}]": part for i, part in enumerate(value)}
+    if dataclasses.is_dataclass(value):
+        return {f".{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)}
+    raise TypeError(
+        f"{where} is a {type(value).__name__}: expected a tensor, a number, "
+        "or tuples, lists, dicts or dataclasses of them"
+    )
+
+
+def _judge_tensors(a: torch.Tensor, b: torch.Tensor, where: str, verdict: Verdict) -> None:
+    if verdict.dtype is None:
+        verdict.dtype = str(a.dtype).removeprefix("torch.")
+        verdict.tolerance = tolerance(a.dtype)
+    if a.shape != b.shape:
+        verdict.differences.append(
+            f"{where}: shape {tuple(a.shape)} from PyTorch, {tuple(b.shape)} from dgrad"
+        )
+        return
+    if a.dtype != b.dtype:
+        verdict.differences.append(f"{where}: {a.dtype} from PyTorch, {b.dtype} from dgrad")
+        return
+    limit = tolerance(a.dtype)
+    close, largest = True, 0.0
+    for x, y in _pieces(a.detach(), b.detach()):
+        close &= torch.allclose(x, y, rtol=limit, atol=limit, equal_nan=True)
+        largest = max(largest, _max_abs_diff(x, y))
+    verdict.max_abs_diff = max(largest, verdict.max_abs_diff or 0.0)
+    if not close:
+        verdict.differences.append(
+            f"{where}: largest absolute difference {largest:.3g}, not within "
+            f"atol = rtol = {limit:g}"
+        )
+
+
+def _pieces(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of both, of at most _PIECE elements each, whatever the strides."""
+    if a.numel() <= _PIECE:
+        yield a, b
+        return
+    if a.shape[0] == 1:
+        yield from _pieces(a[0], b[0])
+        return
+    rows = max(1, _PIECE * a.shape[0] // a.numel())
+    for begin in range(0, a.shape[0], rows):
+        yield from _pieces(a[begin : begin + rows], b[begin : begin + rows])
+
+
+def _max_abs_diff(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.numel() == 0:
+        return 0.0
+    if not a.is_complex():
+        # float32 holds the difference of two half values; integers need the wider type
+        wide = torch.float32 if a.dtype in (*_HALF, torch.float32) else torch.float64
+        a, b = a.to(wide), b.to(wide)
+    difference = (a - b).abs()
+    # inf - inf and NaN - NaN are NaN where both sides say the same
+    difference[(a == b) | (a.isnan() & b.isnan())] = 0.0
+    return float(difference.nan_to_num(nan=math.inf, posinf=math.inf).max())

@@ -1,0 +1,274 @@
+"""One contestant of `compare` in a process of its own: `python -m dgrad.bench._worker IN OUT`.
+
+IN and OUT are JSON files, because the compared file may print whatever it likes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import json
+import logging
+import math
+import random
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+import dgrad
+from dgrad.bench import environment
+from dgrad.bench._outputs import Verdict, judge
+from dgrad.bench.timing import Timing, measure
+
+_NAMES = ("Model", "get_inputs", "get_init_inputs")
+_T = TypeVar("_T")
+
+
+class WorkerError(Exception):
+    """What to tell the user; `fault` is "file" (the compared file's) or "run" (anything else)."""
+
+    def __init__(self, message: str, fault: str = "file") -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a worker is asked. `setting` is "pytorch", "pytorch_benchmark" or "dgrad"."""
+
+    setting: str
+    file: str | None
+    device: str
+    seed: int
+    budget_s: float | None
+    full_size: bool
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Time one setting; the dgrad setting also checks the outputs. Raises WorkerError."""
+    device = torch.device(request.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    contest = _Contest(request, device)
+    # after the file was imported, which may have set it
+    torch.backends.cudnn.benchmark = request.setting == "pytorch_benchmark"
+    if request.setting != "dgrad":
+        return {"timing": contest.time(swap=False).to_dict()}
+    messages = _collect_messages()
+    timing = contest.time(swap=True)
+    verdict = contest.check()
+    finite = verdict.max_abs_diff is not None and math.isfinite(verdict.max_abs_diff)
+    return {
+        "timing": timing.to_dict(),
+        "layers": contest.layers,
+        "dtype": verdict.dtype,
+        "equal": verdict.equal,
+        "max_abs_diff": verdict.max_abs_diff if finite else None,
+        "tolerance": verdict.tolerance,
+        "differences": verdict.differences,
+        "selected": list(dict.fromkeys(messages)),
+        "notes": contest.notes(),
+        "device_name": environment.device_name(device),
+        "versions": environment.versions(),
+    }
+
+
+class _Contest:
+    """Makes the same model and inputs again and again, with PyTorch's layers or with dgrad's."""
+
+    def __init__(self, request: Request, device: torch.device) -> None:
+        self.request = request
+        self.device = device
+        self.module = _load(request.file)
+        self.layers = 0
+        self.reduced = False
+
+    def build(self, swap: bool) -> tuple[nn.Module, list[Any]]:
+        """A fresh model and fresh inputs, drawn as KernelBench does: seed, then construct."""
+        self._seed()
+        init_inputs = self._theirs("get_init_inputs() failed", self.module.get_init_inputs)
+        self._expect_sequence("get_init_inputs()", init_inputs)
+        self._seed()
+        arguments = [_to(value, self.device) for value in init_inputs]
+        model = self._theirs(
+            "Model(*get_init_inputs()) failed", lambda: self.module.Model(*arguments)
+        )
+        if not isinstance(model, nn.Module):
+            raise WorkerError(f"Model is not a torch.nn.Module but a {type(model).__name__}")
+        model = model.to(self.device)
+        self._swap(model, swap)
+        self._seed()
+        inputs = self._theirs("get_inputs() failed", self._inputs)
+        self._expect_sequence("get_inputs()", inputs)
+        if self.device.type == "cpu" and not self.request.full_size:
+            inputs = self._reduce(list(inputs))
+        return model, [_to(value, self.device) for value in inputs]
+
+    def forward(self, model: nn.Module, inputs: list[Any]) -> object:
+        try:
+            return model(*inputs)
+        except torch.cuda.OutOfMemoryError as error:
+            raise WorkerError(f"out of memory: {error}", "run") from error
+        except Exception as error:
+            if self.request.setting == "dgrad":
+                raise WorkerError(
+                    f"Model.forward failed{_words(error, self.module)}", "run"
+                ) from error
+            hint = " (the batch was cut to 1; --full-size keeps it)" if self.reduced else ""
+            raise WorkerError(f"Model.forward failed{_words(error, self.module)}{hint}") from error
+
+    def time(self, swap: bool) -> Timing:
+        model, inputs = self.build(swap)
+        with torch.no_grad():
+            return measure(
+                lambda: self.forward(model, inputs), self.device, budget_s=self.request.budget_s
+            )
+
+    def check(self) -> Verdict:
+        """Compare the first outputs of two fresh models, PyTorch at its defaults."""
+        outputs = []
+        for swap in (False, True):
+            model, inputs = self.build(swap)
+            self._seed()  # dropout and the like draw the same numbers
+            with torch.no_grad():
+                outputs.append(self.forward(model, inputs))
+            del model, inputs
+        try:
+            return judge(*outputs)
+        except TypeError as error:
+            raise WorkerError(str(error)) from error
+
+    def notes(self) -> list[str]:
+        if self.device.type != "cpu":
+            return []
+        notes = ["on the CPU PyTorch's own operator runs in dgrad's layers: expect a ratio near 1"]
+        if self.reduced:
+            notes.append("the inputs are cut to batch 1; --full-size keeps them")
+        return notes
+
+    def _seed(self) -> None:
+        random.seed(self.request.seed)
+        torch.manual_seed(self.request.seed)
+        numpy = sys.modules.get("numpy")  # seeded only if someone uses it
+        if numpy is not None:
+            numpy.random.seed(self.request.seed)
+
+    def _swap(self, model: nn.Module, swap: bool) -> None:
+        if swap:
+            layers = self.layers = len(dgrad.convert(model))
+        else:
+            layers = sum(type(m) is nn.ConvTranspose2d for m in model.modules())
+        if layers == 0:
+            raise WorkerError(
+                "Model has no torch.nn.ConvTranspose2d layer to swap "
+                "(calls of torch.nn.functional are not swapped)"
+            )
+
+    def _inputs(self) -> Any:
+        small = self.request.file is None and self.device.type == "cpu"
+        if small and not self.request.full_size:
+            self.reduced = True
+            return self.module.get_small_inputs()
+        return self.module.get_inputs()
+
+    def _reduce(self, inputs: list[Any]) -> list[Any]:
+        """Cut the batch to 1: the leading size of the first image, wherever it leads."""
+        images = (x for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 4)
+        batch = next((image.shape[0] for image in images), 1)
+        if batch <= 1:
+            return inputs
+        self.reduced = True
+        return [
+            x[:1].clone() if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == batch else x
+            for x in inputs
+        ]
+
+    def _theirs(self, failed: str, call: Callable[[], _T]) -> _T:
+        """Run code of the compared file; whatever it raises is told as its failure."""
+        try:
+            return call()
+        except (Exception, SystemExit) as error:
+            raise WorkerError(f"{failed}{_words(error, self.module)}") from error
+
+    @staticmethod
+    def _expect_sequence(name: str, value: object) -> None:
+        if not isinstance(value, (list, tuple)):
+            raise WorkerError(f"{name} returned a {type(value).__name__}: expected a list")
+
+
+def _load(file: str | None) -> ModuleType:
+    """Import FILE as a script would be: its folder first on the path."""
+    if file is None:
+        return importlib.import_module("dgrad.bench.default_model")
+    path = Path(file).resolve()
+    name = f"_dgrad_compared_{path.stem}"
+    loader = importlib.machinery.SourceFileLoader(name, str(path))  # any suffix
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(path.parent))
+    try:
+        loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise WorkerError(f"the file cannot be imported{_words(error, module)}") from error
+    missing = [wanted for wanted in _NAMES if not callable(getattr(module, wanted, None))]
+    if missing:
+        raise WorkerError(f"the file lacks {', '.join(missing)}: expected {', '.join(_NAMES)}")
+    return module
+
+
+def _words(error: BaseException, module: ModuleType) -> str:
+    """Where in the compared file, and what."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == module.__file__]
+    place = f" at line {lines[-1]}" if lines else ""
+    return f"{place}: {type(error).__name__}: {error}"
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) in (list, tuple):
+        return type(value)(_to(part, device) for part in value)
+    if type(value) is dict:
+        return {key: _to(part, device) for key, part in value.items()}
+    return value
+
+
+def _collect_messages() -> list[str]:
+    """What dgrad logs at INFO from now on: one line per selection."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger = logging.getLogger("dgrad")
+    logger.addHandler(Collector(logging.INFO))
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
+    return messages
+
+
+def main(argv: list[str]) -> int:
+    request_path, result_path = argv
+    request = Request(**json.loads(Path(request_path).read_text()))
+    try:
+        result = run(request)
+    except WorkerError as error:
+        result = {"error": str(error), "fault": error.fault}
+    Path(result_path).write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

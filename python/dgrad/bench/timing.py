@@ -1,0 +1,106 @@
+"""Fair timing of a callable: warmed up, many runs, median and spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+_DEFAULT_BUDGET_S = 1.0
+_MAX_RUNS = 2000
+# A CPU run of a large layer takes seconds, and its first run already pays for all that is lazy.
+_WARM_UP_RUNS = {"cuda": 3, "cpu": 1}
+_WARM_UP_S = {"cuda": 0.2, "cpu": 0.05}
+_MIN_RUNS = {"cuda": 5, "cpu": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Median, quartiles and minimum of the time of one run, in milliseconds."""
+
+    median_ms: float
+    q1_ms: float
+    q3_ms: float
+    min_ms: float
+    runs: int
+
+    @classmethod
+    def from_samples(cls, samples_ms: Sequence[float]) -> Timing:
+        """Summarise at least one sample; raises ValueError without any."""
+        if not samples_ms:
+            raise ValueError("samples_ms is empty: expected at least one time in milliseconds")
+        if len(samples_ms) == 1:
+            q1 = median = q3 = samples_ms[0]
+        else:
+            q1, median, q3 = statistics.quantiles(samples_ms, n=4, method="inclusive")
+        return cls(median, q1, q3, min(samples_ms), len(samples_ms))
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def measure(
+    call: Callable[[], object], device: torch.device, *, budget_s: float | None = None
+) -> Timing:
+    """Time `call` on `device` for about `budget_s` seconds (default 1) after a warm-up.
+
+    On a GPU each run lies between two CUDA events on the current stream, and nothing waits between
+    the runs; the time is the device's, plus what the host could not hide. On the CPU it is wall
+    time. Even past the budget there are at least 5 runs on a GPU, 3 on the CPU.
+
+    The caches are not flushed between runs: a problem that fits the GPU's L2 is timed warm, for
+    each contestant alike.
+    """
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    seconds = _DEFAULT_BUDGET_S if budget_s is None else budget_s
+    run_s = _warm_up(call, device, _WARM_UP_RUNS[kind], _WARM_UP_S[kind])
+    runs = max(_MIN_RUNS[kind], min(_MAX_RUNS, int(seconds / max(run_s, 1e-9))))
+    sample = _sample_cuda if kind == "cuda" else _sample_cpu
+    return Timing.from_samples(sample(call, device, runs))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _warm_up(
+    call: Callable[[], object], device: torch.device, min_runs: int, min_s: float
+) -> float:
+    """Run until both limits are passed; return the seconds that one run took."""
+    call()  # the first run also selects, compiles and allocates: it says nothing about the others
+    _synchronize(device)
+    begin = time.perf_counter()
+    runs, elapsed_s = 0, 0.0
+    while runs < min_runs or elapsed_s < min_s:
+        call()
+        _synchronize(device)
+        runs += 1
+        elapsed_s = time.perf_counter() - begin
+    return elapsed_s / runs
+
+
+def _sample_cuda(call: Callable[[], object], device: torch.device, runs: int) -> list[float]:
+    event: Callable[..., Any] = torch.cuda.Event  # without type hints in PyTorch
+    with torch.cuda.device(device):
+        events = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(runs)]
+        torch.cuda.synchronize(device)
+        for start, end in events:
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(device)
+        return [float(start.elapsed_time(end)) for start, end in events]
+
+
+def _sample_cpu(call: Callable[[], object], device: torch.device, runs: int) -> list[float]:
+    samples_ms = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        call()
+        samples_ms.append((time.perf_counter() - begin) * 1e3)
+    return samples_ms

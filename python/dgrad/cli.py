@@ -1,0 +1,211 @@
+"""`python -m dgrad`: the commands, and how their results are printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from dgrad.bench.compare import Comparison
+    from dgrad.bench.timing import Timing
+
+_Commands = Any  # argparse does not name the type of its sub-parsers in public
+_COMPARE_EPILOG = """\
+FILE is a Python file as KernelBench has them: a class Model, get_inputs() and get_init_inputs().
+Without FILE: ConvTranspose2d(64, 64, (3, 7)) on an input of (8, 64, 512, 512).
+
+Outputs are equal where shape and dtype are, and torch.allclose holds with atol = rtol = 1e-4
+(1e-2 for half types) against PyTorch with its defaults. PyTorch, PyTorch with cudnn.benchmark on,
+and dgrad are each timed in a fresh process. The model is used as constructed, under no_grad.
+On the CPU the batch is cut to 1, and PyTorch's own operator runs in dgrad's layers.
+
+exit codes:
+  0  the outputs are equal
+  1  the outputs differ
+  2  FILE or the arguments are wrong (also: FILE has no ConvTranspose2d layer)
+  3  a contestant failed or died, or dgrad cannot run on this GPU
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Wrong usage raises SystemExit(2)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dgrad", description="PyTorch's ConvTranspose2d on cuDNN's data gradient."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in _COMMANDS:
+        add(commands)
+    arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    return run(arguments)
+
+
+def _add(
+    commands: _Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    """Add the command `name`; `run` gets its arguments and returns the exit code."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    parser.set_defaults(run=run)
+    return parser
+
+
+# --- info ---------------------------------------------------------------------------------------
+
+
+def _add_info(commands: _Commands) -> None:
+    _add(commands, "info", _info, "Print versions, devices, and what is usable. Always exits 0.")
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from dgrad.bench import environment
+
+    versions, devices = environment.versions(), environment.devices()
+    providers = environment.providers()
+    if arguments.json:
+        _print_json({"versions": versions, "devices": devices, "providers": providers})
+        return 0
+    rows = [
+        ("dgrad", versions["dgrad"]),
+        ("Python", versions["python"]),
+        ("PyTorch", versions["torch"]),
+        ("CUDA of PyTorch", versions["cuda"]),
+        ("NVIDIA driver", versions["driver"]),
+        ("cuDNN compiled against", versions["cudnn_compiled"]),
+        ("cuDNN loaded", versions["cudnn_loaded"]),
+        ("cuDNN loaded from", versions["cudnn_path"]),
+    ]
+    for device in devices:
+        memory_gib = int(str(device["memory_bytes"])) / 2**30
+        words = f"{device['name']}, sm {device['compute_capability']}, {memory_gib:.0f} GiB"
+        rows.append((f"GPU {device['index']}", words))
+    if not devices:
+        rows.append(("GPU", None))
+    for name, provider in providers.items():
+        words = "usable" if provider["usable"] else f"not usable: {provider['reason']}"
+        rows.append((f"provider {name}", words))
+    _print_table([], [(name, value or "none") for name, value in rows])
+    return 0
+
+
+# --- compare ------------------------------------------------------------------------------------
+
+
+def _add_compare(commands: _Commands) -> None:
+    summary = "Run a model with PyTorch's layers and with dgrad's; compare outputs and times."
+    parser = _add(commands, "compare", _compare, summary, _COMPARE_EPILOG)
+    parser.add_argument("file", metavar="FILE", nargs="?", help="the model (see below)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--seed", type=int, default=42, help="of weights and inputs (default 42)")
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help="spent on timed runs of each contestant (default 1)",
+    )
+    parser.add_argument("--full-size", action="store_true", help="do not cut the batch on the CPU")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number of seconds")
+    return value
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from dgrad.bench.compare import CompareError, compare
+
+    try:
+        comparison = compare(
+            arguments.file,
+            device=arguments.device,
+            seed=arguments.seed,
+            budget_s=arguments.budget,
+            full_size=arguments.full_size,
+        )
+    except CompareError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return error.exit_code
+    if arguments.json:
+        _print_json(comparison.to_dict())
+    else:
+        _print_comparison(comparison)
+    for difference in comparison.differences:
+        print(f"compare: outputs differ: {difference}", file=sys.stderr)
+    return 0 if comparison.equal else 1
+
+
+def _print_comparison(c: Comparison) -> None:
+    layers = f"{c.layers} layer{'' if c.layers == 1 else 's'}"
+    print(
+        f"{c.file or 'built-in model'}: {layers} swapped, {c.dtype}, {c.device} ({c.device_name})"
+    )
+    largest = "none" if c.max_abs_diff is None else f"{c.max_abs_diff:.3g}"
+    limit = "" if c.tolerance is None else f", atol = rtol = {c.tolerance:g}"
+    print(f"outputs equal: {'yes' if c.equal else 'NO'} (largest difference {largest}{limit})")
+    header = ["", "median ms", "quartiles ms", "min ms", "runs"]
+    rows = [
+        ("PyTorch", *_times(c.pytorch)),
+        ("PyTorch, benchmark on", *_times(c.pytorch_benchmark)),
+        ("dgrad", *_times(c.dgrad)),
+    ]
+    _print_table(header, rows)
+    print(f"ratio (better PyTorch / dgrad): {c.ratio:.3f}")
+    for title, lines in (("dgrad's log", c.selected), ("notes", c.notes)):
+        if lines:
+            print("\n  ".join([f"{title}:", *lines]))
+
+
+def _times(t: Timing) -> tuple[str, str, str, str]:
+    return (
+        f"{t.median_ms:.4f}",
+        f"{t.q1_ms:.4f} to {t.q3_ms:.4f}",
+        f"{t.min_ms:.4f}",
+        f"{t.runs}",
+    )
+
+
+# --- printing -----------------------------------------------------------------------------------
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print with lines on a terminal, plainly elsewhere; a narrow one wraps, but nothing is cut."""
+    console = Console(highlight=False)
+    lines = box.SIMPLE if console.is_terminal and header else None
+    table = Table(*[""] * len(rows[0]), box=lines, show_header=bool(header), pad_edge=False)
+    for i, column in enumerate(table.columns):
+        column.header = Text(header[i]) if header else ""
+        column.no_wrap = True
+        column.justify = "left" if i == 0 or not header else "right"
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: a path may hold [brackets]
+    unlimited = console.options.update(max_width=1_000_000)
+    console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
+    console.print(table, crop=False, soft_wrap=False)
+
+
+_COMMANDS: tuple[Callable[[_Commands], None], ...] = (_add_info, _add_compare)

@@ -1,0 +1,86 @@
+"""The errors that dgrad raises itself; bad arguments raise what PyTorch raises for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import OutOfMemoryError as TorchOutOfMemoryError
+else:  # PyTorch 2.4 has it under torch.cuda only
+    TorchOutOfMemoryError = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+
+__all__ = [
+    "CudnnBadParameterError",
+    "CudnnError",
+    "CudnnExecutionError",
+    "CudnnInternalError",
+    "CudnnNotInitializedError",
+    "CudnnNotSupportedError",
+    "NotSupportedError",
+    "OutOfMemoryError",
+    "TorchOutOfMemoryError",
+]
+
+
+class CudnnError(RuntimeError):
+    """A cuDNN call failed.
+
+    Attributes:
+        status: cuDNN's status code (``category * 1000 + n``), also where this version of
+            dgrad does not know it.
+        call: the cuDNN function that returned it.
+        detail: the text of ``cudnnGetLastErrorString``, may be empty.
+    """
+
+    def __init__(self, text: str, status: int, call: str, detail: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.call = call
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, str, str]]:
+        return type(self), (str(self), self.status, self.call, self.detail)
+
+
+class CudnnNotInitializedError(CudnnError):
+    """Status 1xxx: cuDNN could not start, for example because there is no GPU."""
+
+
+class CudnnBadParameterError(CudnnError):
+    """Status 2xxx: cuDNN refused an argument."""
+
+
+class CudnnNotSupportedError(CudnnError):
+    """Status 3xxx: this version of cuDNN, or this GPU, cannot run what was asked."""
+
+
+class CudnnInternalError(CudnnError):
+    """Status 4xxx: cuDNN failed inside, for example while it allocated or compiled."""
+
+
+class CudnnExecutionError(CudnnError):
+    """Status 5xxx: a kernel could not be launched or failed."""
+
+
+_BY_CATEGORY: dict[int, type[CudnnError]] = {
+    1: CudnnNotInitializedError,
+    2: CudnnBadParameterError,
+    3: CudnnNotSupportedError,
+    4: CudnnInternalError,
+    5: CudnnExecutionError,
+}
+
+
+def cudnn_error(status: int, text: str, call: str, detail: str) -> CudnnError:
+    """The exception for a cuDNN status; the native module calls this."""
+    return _BY_CATEGORY.get(status // 1000, CudnnError)(text, status, call, detail)
+
+
+class NotSupportedError(RuntimeError):
+    """No candidate can run the call: the text lists each with its reason."""
+
+
+class OutOfMemoryError(NotSupportedError, TorchOutOfMemoryError):
+    """No candidate can run the call, and for at least one only memory is missing."""

@@ -1,0 +1,214 @@
+"""conv_transpose2d with PyTorch's signature, on cuDNN's data gradient."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _loader, config, log
+from ._arguments import check_sizes, check_tensors
+from ._autograd import convolution
+from ._call import DTYPES, Call
+from ._geometry import Geometry, Pair, appended_rows, integer, pair
+from .exceptions import NotSupportedError
+from .planner import plan_cache
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+class _Prepared(NamedTuple):
+    """What a call with these arguments comes to, worked out once."""
+
+    call: Call | None
+    reason: str | None  # why PyTorch runs it
+    geometry: Geometry
+    size: Pair
+    appended: Pair
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Transposed 2D convolution: :func:`torch.nn.functional.conv_transpose2d` run by cuDNN's
+    data gradient, with the same arguments, results, output strides and errors.
+
+    On a CUDA device float16, bfloat16, float32 and float64 run through dgrad. All else (CPU and
+    other devices, other dtypes, tensor subclasses, compiling and tracing) is run by PyTorch's
+    own operator, and the reason is logged once.
+
+    Args:
+        input: shape (N, C_in, H, W) or (C_in, H, W), any strides.
+        weight: shape (C_in, C_out/groups, kH, kW), any strides.
+        bias: shape (C_out,) or None.
+        stride: int or (vertical, horizontal), default 1.
+        padding: rows and columns taken off each side of the output, default 0.
+        output_padding: rows and columns added at the bottom and right, default 0; less than
+            stride or dilation.
+        groups: number of groups, default 1.
+        dilation: spacing of the kernel's elements, default 1.
+
+    Returns:
+        Tensor of shape (N, C_out, H_out, W_out) or (C_out, H_out, W_out) with
+        ``H_out = (H - 1) * stride - 2 * padding + dilation * (kH - 1) + output_padding + 1``
+        (formula of :class:`torch.nn.ConvTranspose2d`), in channels_last if input or weight is.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: as PyTorch for bad arguments.
+        dgrad.NotSupportedError: no candidate can run it under the flags in force.
+        dgrad.OutOfMemoryError: the same, for want of memory.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        reason = "torch.compile, export, tracing or forward-mode AD is at work"
+        return _pytorch(
+            reason, input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+    if torch.is_autocast_enabled("cuda"):
+        input, weight = _autocast(input), _autocast(weight)
+        bias = None if bias is None else _autocast(bias)
+    geometry = Geometry(
+        pair(padding, "padding"),
+        pair(stride, "stride"),
+        pair(dilation, "dilation"),
+        groups if type(groups) is int else integer(groups, "groups"),
+    )
+    output_padding = pair(output_padding, "output_padding")
+    key = _key(input, weight, bias, geometry, output_padding)
+    prepared = None if key is None else plan_cache.get(key)
+    if prepared is None:
+        prepared = _prepare(input, weight, bias, geometry, output_padding)
+        if key is not None:
+            plan_cache.put(key, prepared)
+    if prepared.reason is not None:
+        return _pytorch(
+            prepared.reason,
+            input,
+            weight,
+            bias,
+            geometry.stride,
+            geometry.padding,
+            output_padding,
+            geometry.groups,
+            geometry.dilation,
+        )
+    x = _enter(input, prepared.appended)
+    output = convolution("dgrad", x, weight, geometry, prepared.size, prepared.call)
+    if bias is not None:
+        output.add_(bias.view(1, -1, 1, 1))
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+def _key(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_padding: Pair
+) -> tuple[object, ...] | None:
+    """All that the preparation reads; None for arguments that have no such properties."""
+    try:
+        return (
+            type(input),
+            input.shape,
+            input.stride(),
+            input.dtype,
+            input.device,
+            input.is_neg(),
+            input.data_ptr() & 15,
+            type(weight),
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            weight.device,
+            weight.is_neg(),
+            weight.data_ptr() & 15,
+            None if bias is None else (type(bias), bias.shape, bias.dtype, bias.device),
+            geometry,
+            output_padding,
+            config.tf32_allowed(),
+            config.policy(),
+            torch._C._get_cudnn_enabled(),
+            threading.get_ident(),
+        )
+    except (AttributeError, TypeError, RuntimeError):
+        # Not a tensor, or one without strides or storage: sparse, fake, inside a transform.
+        return None
+
+
+def _prepare(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_padding: Pair
+) -> _Prepared:
+    reason = _subclass_reason(input, weight, bias)
+    if reason is not None:
+        return _Prepared(None, reason, geometry, (0, 0), (0, 0))
+    check_tensors(input, weight, bias)
+    size = check_sizes(input, weight, bias, geometry, output_padding)
+    reason = _unsuitable(input, weight)
+    if reason is not None:
+        return _Prepared(None, reason, geometry, size, (0, 0))
+    appended = appended_rows(output_padding, geometry.stride)
+    with torch.no_grad():
+        call = Call("dgrad", _enter(input, appended), weight, geometry, size)
+    return _Prepared(call, None, geometry, size, appended)
+
+
+def _subclass_reason(*tensors: object) -> str | None:
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES and torch.overrides.is_tensor_like(tensor):
+            return f"{type(tensor).__name__} is a subclass of Tensor with rules of its own"
+    return None
+
+
+def _unsuitable(input: Tensor, weight: Tensor) -> str | None:
+    """Why tensors that are right for conv_transpose2d are PyTorch's to run, or None."""
+    if not input.is_cuda:
+        return f"input is on {input.device.type}, and cuDNN runs on CUDA devices"
+    if input.dtype not in DTYPES:
+        return f"cuDNN's convolutions have no {input.dtype}"
+    if not torch.backends.cudnn.enabled:
+        return "torch.backends.cudnn.enabled is False"
+    if input.numel() == 0:
+        return "the batch is empty"
+    if input.is_neg() or weight.is_neg():
+        return "a negative view must be resolved first"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is at work"
+    return _loader.unavailable_reason()
+
+
+def _enter(input: Tensor, appended: Pair) -> Tensor:
+    """The input with a batch, and with the zero rows that stand for output padding."""
+    x = input if input.dim() == 4 else input.unsqueeze(0)
+    return F.pad(x, (0, appended[1], 0, appended[0])) if appended != (0, 0) else x
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """As PyTorch's autocast casts the arguments of conv_transpose2d."""
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.is_cuda
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+    ):
+        return tensor.to(torch.get_autocast_dtype("cuda"))
+    return tensor
+
+
+def _pytorch(reason: str, *arguments: Any) -> Tensor:
+    """PyTorch's own operator, logged once for each reason, or the error that forbids it."""
+    if config.current().fallback == "error":
+        raise NotSupportedError(f"{reason}, and fallback='error' forbids PyTorch's own operator")
+    log.fallback(reason)
+    return F.conv_transpose2d(*arguments)

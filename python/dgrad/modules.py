@@ -1,0 +1,59 @@
+"""ConvTranspose2d as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional import conv_transpose2d
+
+
+class ConvTranspose2d(torch.nn.ConvTranspose2d):
+    """:class:`torch.nn.ConvTranspose2d` run by cuDNN's data gradient.
+
+    Constructor, parameters, initial values (from the same random numbers), state_dict and repr
+    are those of :class:`torch.nn.ConvTranspose2d`; it takes any input that class takes.
+
+    Shape:
+        - Input: (N, C_in, H, W) or (C_in, H, W)
+        - Output: (N, C_out, H_out, W_out) or (C_out, H_out, W_out) with
+          ``H_out = (H - 1) * stride[0] - 2 * padding[0] + dilation[0] * (kernel_size[0] - 1)
+          + output_padding[0] + 1``, and the same for W
+        - weight: (C_in, C_out / groups, kernel_size[0], kernel_size[1]); bias: (C_out,)
+
+    Raises:
+        ValueError: an ``output_size`` that the layer cannot give.
+        Others as :func:`dgrad.conv_transpose2d`.
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The transposed convolution of ``input``.
+
+        Args:
+            input: shape (N, C_in, H, W) or (C_in, H, W).
+            output_size: wanted (H_out, W_out), with or without the leading sizes; it takes the
+                place of the layer's output_padding. Default None.
+        """
+        output_padding = self.output_padding
+        if output_size is not None:
+            output_padding = tuple(
+                self._output_padding(
+                    input,
+                    output_size,
+                    self.stride,  # type: ignore[arg-type]
+                    self.padding,  # type: ignore[arg-type]
+                    self.kernel_size,  # type: ignore[arg-type]
+                    2,
+                    self.dilation,  # type: ignore[arg-type]
+                )
+            )
+        return conv_transpose2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            output_padding,
+            self.groups,
+            self.dilation,
+        )

@@ -1,0 +1,132 @@
+// The Python module dgrad._core: names and conversions only.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "error.hpp"
+#include "legacy/algorithms.hpp"
+#include "legacy/descriptors.hpp"
+#include "legacy/plan.hpp"
+#include "plan.hpp"
+#include "problem.hpp"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+void* pointer(std::uintptr_t address) {
+    return reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr)
+}
+
+// dgrad.exceptions maps a status to its class: the classes exist without this module too.
+void translate_cudnn_error(std::exception_ptr error) {
+    try {
+        if (error) std::rethrow_exception(error);
+    } catch (const dgrad::CudnnError& failure) {
+        const py::object instance = py::module_::import("dgrad.exceptions")
+                                        .attr("cudnn_error")(failure.status(), failure.what(),
+                                                             failure.call(), failure.detail());
+        PyErr_SetObject(py::type::handle_of(instance).ptr(), instance.ptr());
+    }
+}
+
+void bind_problem(py::module_& m) {
+    using dgrad::Problem;
+    py::class_<Problem>(m, "Problem")
+        .def(py::init([](const std::string& direction, const std::string& dtype, bool tf32,
+                         const std::string& layout, dgrad::Size4 x, dgrad::Size4 w, dgrad::Size4 y,
+                         dgrad::Size2 padding, dgrad::Size2 stride, dgrad::Size2 dilation,
+                         std::int64_t groups, std::int64_t alignment, std::int64_t device) {
+                 const Problem problem{dgrad::parse_direction(direction),
+                                       dgrad::parse_data_type(dtype),
+                                       tf32,
+                                       dgrad::parse_layout(layout),
+                                       x,
+                                       w,
+                                       y,
+                                       padding,
+                                       stride,
+                                       dilation,
+                                       groups,
+                                       alignment,
+                                       device};
+                 problem.check();
+                 return problem;
+             }),
+             py::kw_only(), "direction"_a, "dtype"_a, "tf32"_a, "layout"_a, "x"_a, "w"_a, "y"_a,
+             "padding"_a, "stride"_a, "dilation"_a, "groups"_a, "alignment"_a, "device"_a)
+        .def_property_readonly("direction",
+                               [](const Problem& p) { return dgrad::name(p.direction); })
+        .def_property_readonly("dtype", [](const Problem& p) { return dgrad::name(p.dtype); })
+        .def_readonly("tf32", &Problem::tf32)
+        .def_property_readonly("layout", [](const Problem& p) { return dgrad::name(p.layout); })
+        .def_readonly("x", &Problem::x)
+        .def_readonly("w", &Problem::w)
+        .def_readonly("y", &Problem::y)
+        .def_readonly("padding", &Problem::padding)
+        .def_readonly("stride", &Problem::stride)
+        .def_readonly("dilation", &Problem::dilation)
+        .def_readonly("groups", &Problem::groups)
+        .def_readonly("alignment", &Problem::alignment)
+        .def_readonly("device", &Problem::device)
+        .def("__eq__",
+             [](const Problem& self, const py::object& other) {
+                 return py::isinstance<Problem>(other) && self == other.cast<const Problem&>();
+             })
+        .def("__hash__", &Problem::hash)
+        .def("__str__", &Problem::text)
+        .def("__repr__", [](const Problem& p) { return "<Problem " + p.text() + ">"; });
+}
+
+void bind_plan(py::module_& m) {
+    py::class_<dgrad::Plan>(m, "Plan")
+        .def_property_readonly("workspace_bytes", &dgrad::Plan::workspace_bytes)
+        .def(
+            "execute",
+            [](dgrad::Plan& plan, std::uintptr_t x, std::uintptr_t w, std::uintptr_t y,
+               std::uintptr_t workspace, std::uintptr_t stream) {
+                const py::gil_scoped_release released;
+                plan.execute(pointer(x), pointer(w), pointer(y), pointer(workspace),
+                             static_cast<cudaStream_t>(pointer(stream)));
+            },
+            "x"_a, "w"_a, "y"_a, "workspace"_a, "stream"_a);
+}
+
+void bind_legacy(py::module_& m) {
+    namespace legacy = dgrad::legacy;
+    py::class_<legacy::HeuristicResult>(m, "HeuristicResult")
+        .def_readonly("algorithm", &legacy::HeuristicResult::algorithm)
+        .def_readonly("math_type", &legacy::HeuristicResult::math_type)
+        .def_readonly("deterministic", &legacy::HeuristicResult::deterministic)
+        .def_readonly("workspace_bytes", &legacy::HeuristicResult::workspace_bytes)
+        .def_readonly("rejected", &legacy::HeuristicResult::rejected);
+    m.def(
+        "legacy_algorithms",
+        [](const std::string& direction) {
+            return legacy::algorithm_names(dgrad::parse_direction(direction));
+        },
+        "direction"_a);
+    m.def("legacy_heuristic", &legacy::heuristic, "problem"_a,
+          py::call_guard<py::gil_scoped_release>());
+    m.def("legacy_plan", &legacy::make_plan, "problem"_a, "algorithm"_a, "math_type"_a,
+          py::call_guard<py::gil_scoped_release>());
+    m.def("legacy_forward_output_size", &legacy::forward_output_size, "problem"_a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    py::register_exception_translator(&translate_cudnn_error);
+    m.attr("__version__") = DGRAD_VERSION;
+    m.attr("compiled_cudnn_version") = CUDNN_VERSION;
+    m.def("cudnn_version", [] { return cudnnGetVersion(); });
+    m.def(
+        "status_name",
+        [](int status) { return dgrad::status_name(static_cast<cudnnStatus_t>(status)); },
+        "status"_a);
+    bind_problem(m);
+    bind_plan(m);
+    bind_legacy(m);
+}

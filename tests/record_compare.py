@@ -1,0 +1,89 @@
+"""Record `compare` for each problem of tests/kernelbench.
+
+python tests/record_compare.py --out tests/results/compare-h200.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from dgrad.bench.compare import CompareError, Comparison, compare
+
+_HERE = Path(__file__).resolve().parent
+_KEPT = (
+    "equal",
+    "max_abs_diff",
+    "tolerance",
+    "differences",
+    "dtype",
+    "pytorch_ms",
+    "pytorch_benchmark_ms",
+    "dgrad_ms",
+    "ratio",
+    "spreads",
+    "selected",
+    "notes",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--device", help="default: the GPU, else the CPU")
+    parser.add_argument("--budget", type=float, help="seconds of timed runs of each contestant")
+    arguments = parser.parse_args()
+
+    meta: dict[str, Any] = {
+        "command": " ".join(["python", "tests/record_compare.py", *sys.argv[1:]])
+    }
+    cases: list[dict[str, Any]] = []
+    for file in sorted((_HERE / "kernelbench").glob("kb*.py")):
+        try:
+            comparison = compare(str(file), device=arguments.device, budget_s=arguments.budget)
+        except CompareError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+        meta |= _machine(comparison)
+        result = comparison.to_dict()
+        cases.append({"problem": file.stem} | {key: result[key] for key in _KEPT})
+        print(
+            f"{file.stem}: equal {comparison.equal}, "
+            f"PyTorch {comparison.pytorch.median_ms:.3f} ms, "
+            f"benchmark on {comparison.pytorch_benchmark.median_ms:.3f} ms, "
+            f"dgrad {comparison.dgrad.median_ms:.3f} ms, ratio {comparison.ratio:.3f}",
+            flush=True,
+        )
+    meta["code_hash"] = _code_hash()
+
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = arguments.out.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"meta": meta, "cases": cases}, indent=1) + "\n")
+    os.replace(unfinished, arguments.out)
+    return 0 if all(case["equal"] for case in cases) else 1
+
+
+def _machine(comparison: Comparison) -> dict[str, Any]:
+    """Versions and device, without the paths of this machine."""
+    versions = dict(comparison.versions)
+    versions.pop("cudnn_path", None)
+    driver = versions.pop("driver", None)
+    return {"versions": versions, "device": comparison.device_name, "driver": driver}
+
+
+def _code_hash() -> str:
+    spec = importlib.util.spec_from_file_location("code_hash", _HERE / "code_hash.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.code_hash())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The rule for equal outputs, and the clock, of dgrad.bench."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dgrad.bench._outputs import judge
+from dgrad.bench.timing import Timing, measure
+
+
+@pytest.mark.parametrize(
+    ("dtype", "within", "beyond"),
+    [
+        (torch.float32, 1e-5, 1e-3),
+        (torch.float64, 1e-5, 1e-3),
+        (torch.float16, 5e-3, 5e-2),
+        (torch.bfloat16, 5e-3, 5e-2),
+    ],
+)
+def test_the_tolerance_follows_the_dtype(dtype: torch.dtype, within: float, beyond: float) -> None:
+    zeros = torch.zeros(3, dtype=dtype)
+    assert judge(zeros, zeros + within).equal
+    assert not judge(zeros, zeros + beyond).equal
+    assert judge(zeros, zeros + beyond).max_abs_diff == pytest.approx(beyond, rel=1e-2)
+
+
+def test_nan_and_infinity_at_equal_places_are_equal() -> None:
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0])
+    verdict = judge(values, values.clone())
+    assert verdict.equal
+    assert verdict.max_abs_diff == 0
+    assert judge(values, values.nan_to_num()).max_abs_diff == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (torch.zeros(2, 2), "shape"),
+        (torch.zeros(2, dtype=torch.float64), "torch.float64 from dgrad"),
+        ((torch.zeros(2),), "tuple from dgrad"),
+    ],
+)
+def test_another_shape_dtype_or_type_is_a_difference(other: object, words: str) -> None:
+    (difference,) = judge(torch.zeros(2), other).differences
+    assert words in difference
+
+
+def test_nests_are_compared_part_by_part() -> None:
+    a = {"x": [torch.zeros(2), 1.0], "y": None}
+    assert judge(a, {"x": [torch.zeros(2), 1.0], "y": None}).equal
+    (difference,) = judge(a, {"x": [torch.ones(2), 1.0], "y": None}).differences
+    assert difference.startswith("output['x'][0]: largest absolute difference 1")
+    assert not judge(a, {"x": [torch.zeros(2)], "y": None}).equal
+    assert not judge(a, {"x": [torch.zeros(2), 2.0], "y": None}).equal
+    with pytest.raises(TypeError, match="output is a object"):
+        judge(object(), object())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_large_outputs_are_compared_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, batch: int, layout: torch.memory_format
+) -> None:
+    monkeypatch.setattr("dgrad.bench._outputs._PIECE", 7)
+    a = torch.zeros(batch, 2, 5, 3).contiguous(memory_format=layout)
+    for last in ((0, 0, 0, 0), (batch - 1, 1, 4, 2), (0, 1, 2, 1)):
+        b = a.clone()
+        assert judge(a, b).equal
+        b[last] = 0.5
+        assert judge(a, b).max_abs_diff == 0.5
+        assert not judge(a, b).equal
+
+
+def test_a_timing_sums_its_samples_up() -> None:
+    timing = Timing.from_samples([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert timing == Timing(median_ms=3.0, q1_ms=2.0, q3_ms=4.0, min_ms=1.0, runs=5)
+    assert Timing.from_samples([2.0]) == Timing(2.0, 2.0, 2.0, 2.0, 1)
+    with pytest.raises(ValueError, match="samples_ms is empty"):
+        Timing.from_samples([])
+
+
+def test_measuring_warms_up_and_runs_at_least_three_times() -> None:
+    calls: list[int] = []
+    timing = measure(lambda: calls.append(0), torch.device("cpu"), budget_s=1e-12)
+    assert timing.runs == 3
+    assert len(calls) > 5
+    assert timing.min_ms <= timing.q1_ms <= timing.median_ms <= timing.q3_ms
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_measuring_on_a_gpu_counts_the_device_time() -> None:
+    x = torch.rand(4096, 4096, device="cuda")
+    timing = measure(lambda: x @ x, torch.device("cuda"), budget_s=0.1)
+    # 137 GFLOP: no GPU needs less than 0.01 ms, and the launch alone would
+    assert 0.01 < timing.min_ms <= timing.median_ms

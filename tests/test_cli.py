@@ -1,0 +1,241 @@
+"""The commands `info` and `compare`, on any machine: all of it runs on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dgrad
+from dgrad.cli import main
+
+_MODEL = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(channels, 3, 3, stride=2)
+        self.norm = nn.BatchNorm2d(3)
+        self.drop = nn.Dropout()
+
+    def forward(self, x, scale):
+        print("the model may print")
+        y = self.up(x) * scale
+        return {"y": self.drop(self.norm(y)), "more": (y.mean(), None, 7)}
+
+def get_inputs():
+    return [torch.rand(4, 2, 5, 6), torch.rand(4, 1, 1, 1)]
+
+def get_init_inputs():
+    return [2]
+"""
+
+
+def _compare(*arguments: str) -> int:
+    return main(["compare", "--device", "cpu", "--budget", "0.01", *arguments])
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Write a variant of the model: old text and new text, in turn."""
+
+    def write(*edits: tuple[str, str]) -> str:
+        text = _MODEL
+        for old, new in edits:
+            assert old in text
+            text = text.replace(old, new)
+        file = tmp_path / "my model.py"
+        file.write_text(text)
+        return str(file)
+
+    return write
+
+
+# --- info ---------------------------------------------------------------------------------------
+
+
+def test_info_tells_versions_and_providers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert dgrad.__version__ in out
+    assert torch.__version__ in out
+    assert "provider legacy" in out
+    assert "usable" in out
+
+
+def test_info_json_says_why_a_provider_is_not_usable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["versions"]["torch"] == torch.__version__
+    assert len(told["devices"]) == torch.cuda.device_count()
+    legacy = told["providers"]["legacy"]
+    assert legacy["usable"] is dgrad.is_available()
+    assert legacy["usable"] or legacy["reason"] == dgrad.unavailable_reason()
+
+
+def test_info_survives_what_raises(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Any:
+        raise RuntimeError("[broken] driver")
+
+    monkeypatch.setattr(dgrad, "is_available", broken)
+    monkeypatch.setattr(dgrad, "unavailable_reason", broken)
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    assert main(["info"]) == 0
+    assert "not usable: not known ([broken] driver)" in capsys.readouterr().out
+
+
+def test_info_runs_as_a_module_from_a_narrow_terminal_without_cutting() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from dgrad.cli import main; raise SystemExit(main(['info']))"],
+        env={"PYTHONPATH": ":".join(filter(None, sys.path)), "COLUMNS": "10"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in done.stdout
+    assert "…" not in done.stdout
+
+
+# --- compare: answers ---------------------------------------------------------------------------
+
+
+def test_compare_finds_a_model_equal_to_itself(
+    write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write()
+    assert _compare(file, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["equal"] is True
+    assert told["max_abs_diff"] == 0
+    assert told["differences"] == []
+    assert (told["file"], told["device"], told["dtype"]) == (file, "cpu", "float32")
+    assert (told["layers"], told["tolerance"]) == (1, 1e-4)
+    best = min(told["pytorch_ms"], told["pytorch_benchmark_ms"])
+    assert told["ratio"] == pytest.approx(best / told["dgrad_ms"])
+    assert set(told["spreads"]) == {"pytorch", "pytorch_benchmark", "dgrad"}
+    assert any("PyTorch's own operator" in note for note in told["notes"])
+    assert any("batch 1" in note for note in told["notes"])
+    assert isinstance(told["selected"], list)
+    assert told["versions"]["torch"] == torch.__version__
+
+
+def test_compare_without_a_file_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _compare() == 0
+    out = capsys.readouterr().out
+    assert "built-in model: 1 layer swapped, float32, cpu" in out
+    assert "outputs equal: yes (largest difference 0, atol = rtol = 0.0001)" in out
+    assert "PyTorch, benchmark on" in out
+    assert "ratio (better PyTorch / dgrad): " in out
+
+
+def test_compare_says_that_outputs_differ(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    off = ("* scale", "* scale + (type(self.up) is not nn.ConvTranspose2d)")
+    # normalising would hide a constant
+    assert _compare(write(off, ("self.drop(self.norm(y))", "y")), "--json") == 1
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["equal"] is False
+    assert told["max_abs_diff"] == pytest.approx(1, abs=1e-5)
+    assert "outputs differ: output['y']: largest absolute difference 1" in err
+
+
+def test_compare_keeps_the_batch_when_asked(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(("print(", "assert len(x) == 4, len(x); print("))
+    assert _compare(file) == 2
+    assert "--full-size keeps it" in capsys.readouterr().err
+    assert _compare(file, "--full-size") == 0
+
+
+# --- compare: failures --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edits", "code", "words"),
+    [
+        ([("def get_init_inputs", "def other")], 2, "the file lacks get_init_inputs"),
+        ([("class Model", "class Other")], 2, "the file lacks Model"),
+        ([("import torch\n", "import no_such_module\n")], 2, "cannot be imported at line 2"),
+        ([("import torch\n", "import torch; raise SystemExit(0)\n")], 2, "cannot be imported"),
+        ([("[2]", "[0.5]")], 2, "Model(*get_init_inputs()) failed"),
+        ([("return [2]", "return 2")], 2, "get_init_inputs() returned a int: expected a list"),
+        ([("return [torch.rand(4,", "return [1 / 0, torch.rand(4,")], 2, "get_inputs() failed"),
+        ([("torch.rand(4, 2, 5, 6)", "torch.rand(4, 9, 5, 6)")], 2, "Model.forward failed"),
+        ([("ConvTranspose2d(", "Conv2d(")], 2, "no torch.nn.ConvTranspose2d layer to swap"),
+        ([("print(", "import os; os.abort(); print(")], 3, "was killed by SIGABRT"),
+        ([("print(", "import os; os._exit(9); print(")], 3, "ended with exit code 9"),
+    ],
+)
+def test_compare_says_what_is_wrong_with_a_file(
+    write: Any,
+    capsys: pytest.CaptureFixture[str],
+    edits: list[tuple[str, str]],
+    code: int,
+    words: str,
+) -> None:
+    file = write(*edits)
+    assert _compare(file, "--json") == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert file in err
+
+
+def test_compare_tells_a_failure_of_dgrad_from_one_of_the_file(
+    write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail = ("print(", "assert type(self.up) is nn.ConvTranspose2d, 'not mine'; print(")
+    assert _compare(write(fail)) == 3
+    err = capsys.readouterr().err
+    assert "dgrad: Model.forward failed at line" in err
+    assert "AssertionError: not mine" in err
+
+
+def test_compare_shows_the_last_words_of_a_worker_that_died(
+    write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = ("print(", "import os, sys; print('gone', file=sys.stderr, flush=True); os.abort(); (")
+    assert _compare(write(last)) == 3
+    assert "gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no_such_file.py"], "no_such_file.py: no such file"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--device", "meta"], "expected cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "GPU"),
+    ],
+)
+def test_compare_refuses_wrong_arguments(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert main(["compare", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["no_such_command"], ["compare", "--budget", "-1"]])
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_compare_refuses_a_gpu_that_dgrad_cannot_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(dgrad, "is_available", lambda: False)
+    monkeypatch.setattr(dgrad, "unavailable_reason", lambda: "no cuDNN")
+    assert main(["compare"]) == 3
+    assert "dgrad cannot run on the GPU here: no cuDNN" in capsys.readouterr().err
