@@ -5,6 +5,7 @@ A direction takes two of (x, w, y) and makes the third; see Note [Geometry] in s
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 
@@ -88,10 +89,15 @@ class Call:
             second: tuple(b.shape),
             OUTPUT[direction]: self._out_shape,
         }
+        step = _images_per_call(shapes)
+        images = shapes["x"][0]
         alignment = min(
             _alignment(tensor.data_ptr()) if dense else 16
             for tensor, dense in ((a, self._a_is_dense), (b, self._b_is_dense))
         )
+        if step < images:  # the parts begin inside the tensors
+            part_bytes = (step * math.prod(shapes[name][1:]) * a.element_size() for name in "xy")
+            alignment = min(alignment, *map(_alignment, part_bytes))
 
         def runner(images: int) -> Runner:
             problem = core.Problem(
@@ -111,8 +117,6 @@ class Call:
             )
             return Runner(problem, policy)
 
-        step = _images_per_call(shapes)
-        images = shapes["x"][0]
         runners = {count: runner(count) for count in {min(step, images), images % step} if count}
         self._parts = [
             (runners[min(step, images - start)], start, min(start + step, images))
@@ -175,20 +179,20 @@ def _execute(runner: Runner, direction: str, a: Tensor, b: Tensor, out: Tensor) 
 
 def _images_per_call(shapes: dict[str, tuple[int, ...]]) -> int:
     """How many images fit into one cuDNN call; NotSupportedError where not one does."""
-    for name in ("x", "y"):
-        per_image = shapes[name][1] * shapes[name][2] * shapes[name][3]
+    for name in "xy":
+        per_image = math.prod(shapes[name][1:])
         if per_image > MAX_ELEMENTS:
             side = "output" if name == "x" else "input"
             raise NotSupportedError(
                 f"one image of the {side} has {per_image} elements (shape {shapes[name]}), and "
                 f"cuDNN takes at most {MAX_ELEMENTS} in one call; run it in smaller tiles"
             )
-    w = shapes["w"]
-    if w[0] * w[1] * w[2] * w[3] > MAX_ELEMENTS:
+    if math.prod(shapes["w"]) > MAX_ELEMENTS:
         raise NotSupportedError(
-            f"weight has shape {w}, and cuDNN takes at most {MAX_ELEMENTS} elements in one call"
+            f"weight has shape {shapes['w']}, and cuDNN takes at most {MAX_ELEMENTS} elements "
+            "in one call"
         )
-    return min(MAX_ELEMENTS // (s[1] * s[2] * s[3]) for s in (shapes["x"], shapes["y"]))
+    return min(MAX_ELEMENTS // math.prod(shapes[name][1:]) for name in "xy")
 
 
 def call_for(direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pair) -> Call:

@@ -1,0 +1,71 @@
+"""Writes the README's numbers from the recorded runs: `python tests/readme_table.py`.
+
+With `--check` nothing is written, and the exit status says whether the README is up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "tests" / "results"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The comparison as a Markdown table, and what it was measured with."""
+    lines = [
+        "| problem | equal | PyTorch, ms | PyTorch benchmark, ms | dgrad, ms | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case in record["cases"]:
+        times = [case[name] for name in ("pytorch_ms", "pytorch_benchmark_ms", "dgrad_ms")]
+        lines.append(
+            f"| {case['problem']} | {'yes' if case['equal'] else 'NO'} | "
+            + " | ".join(f"{time:.3f}" for time in times)
+            + f" | {case['ratio']:.2f} |"
+        )
+    meta = record["meta"]
+    versions = meta["versions"]
+    lines.append("")
+    lines.append(
+        f"{meta['device']}, driver {meta['driver']}, PyTorch {versions['torch']}, "
+        f"cuDNN {versions['cudnn_loaded']}."
+    )
+    return "\n".join(lines)
+
+
+def log_line(record: dict[str, Any]) -> str:
+    """The selection that the recorded run of kb65 logged."""
+    case = next(case for case in record["cases"] if case["problem"] == "kb65")
+    return f"```\n[dgrad] {case['selected'][0]}\n```"
+
+
+def updated(readme: str) -> str:
+    """The README's text with every marked part made again."""
+    for kind, make in (("table", table), ("log", log_line)):
+        pattern = rf"(<!-- {kind}: (\S+) -->\n).*?(<!-- end -->)"
+
+        def replacement(match: re.Match[str], make: Any = make) -> str:
+            record = json.loads((RESULTS / match[2]).read_text())
+            return f"{match[1]}{make(record)}\n{match[3]}"
+
+        readme = re.sub(pattern, replacement, readme, flags=re.DOTALL)
+    return readme
+
+
+def main() -> int:
+    before = README.read_text()
+    after = updated(before)
+    if "--check" in sys.argv:
+        return int(after != before)
+    README.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
