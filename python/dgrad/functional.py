@@ -210,5 +210,6 @@ def _pytorch(reason: str, *arguments: Any) -> Tensor:
     """PyTorch's own operator, logged once for each reason, or the error that forbids it."""
     if config.current().fallback == "error":
         raise NotSupportedError(f"{reason}, and fallback='error' forbids PyTorch's own operator")
-    log.fallback(reason)
+    if not torch.compiler.is_compiling():  # a log record would break the graph
+        log.fallback(reason)
     return F.conv_transpose2d(*arguments)

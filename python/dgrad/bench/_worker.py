@@ -92,7 +92,10 @@ class _Contest:
         self.reduced = False
 
     def build(self, swap: bool) -> tuple[nn.Module, list[Any]]:
-        """A fresh model and fresh inputs, drawn as KernelBench does: seed, then construct."""
+        """A fresh model and fresh inputs, drawn as KernelBench does: seed, then construct.
+
+        Leaves the random generators in the same state each time, for dropout and the like.
+        """
         self._seed()
         init_inputs = self._theirs("get_init_inputs() failed", self.module.get_init_inputs)
         self._expect_sequence("get_init_inputs()", init_inputs)
@@ -137,7 +140,6 @@ class _Contest:
         outputs = []
         for swap in (False, True):
             model, inputs = self.build(swap)
-            self._seed()  # dropout and the like draw the same numbers
             with torch.no_grad():
                 outputs.append(self.forward(model, inputs))
             del model, inputs
