@@ -64,7 +64,7 @@ def test_large_outputs_are_compared_in_pieces(
 ) -> None:
     monkeypatch.setattr("dgrad.bench._outputs._PIECE", 7)
     a = torch.zeros(batch, 2, 5, 3).contiguous(memory_format=layout)
-    for last in ((0, 0, 0, 0), (batch - 1, 1, 4, 2), (0, 1, 2, 1)):
+    for last in ((0, 0, 0, 0), (batch - 1, 1, 4, 2), (0, 1, 3, 1)):
         b = a.clone()
         assert judge(a, b).equal
         b[last] = 0.5

@@ -129,7 +129,7 @@ def _device(wanted: str | None) -> torch.device:
             f"dgrad cannot run on the GPU here: {dgrad.unavailable_reason()} "
             "(--device cpu compares on the CPU)"
         )
-    return device
+    return torch.device("cuda", device.index or 0)
 
 
 def _run_worker(request: Request) -> dict[str, Any]:
