@@ -5,6 +5,7 @@ import torch  # noqa: F401  isort: skip
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import _loader
 from ._loader import is_available, unavailable_reason
 from .config import flags, set_flags
 from .convert import convert, restore
@@ -24,8 +25,8 @@ from .planner import plan_cache
 
 try:
     __version__ = version("dgrad")
-except PackageNotFoundError:  # run from a source or build tree that was not installed
-    __version__ = "0+unknown"
+except PackageNotFoundError:  # run from a build tree that was not installed
+    __version__ = getattr(_loader.load()[0], "__version__", "0+unknown")
 
 __all__ = [
     "ConvTranspose2d",
