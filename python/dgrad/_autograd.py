@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _fallback
-from ._call import DTYPES, INPUTS, OUTPUT, Call, call_for
+from ._call import DTYPES, INPUTS, OUTPUT, Call, call_for, memory_format
 from ._geometry import Geometry, Pair, is_channels_last
 
 _MAKES = {slot: direction for direction, slot in OUTPUT.items()}
@@ -58,6 +58,7 @@ class _Convolution(Function):
         ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
         ctx.direction, ctx.geometry = direction, geometry
         ctx.sizes = (tuple(a.shape[2:]), tuple(b.shape[2:]))
+        ctx.format = memory_format(a, b)
         ctx.a_is_channels_last = is_channels_last(a.shape, a.stride())
         return convolution(direction, a, b, geometry, size, call)
 
@@ -69,11 +70,14 @@ class _Convolution(Function):
         a, b = ctx.saved_tensors
         grad = grad.resolve_neg()
         if ctx.direction == "dgrad":
-            # PyTorch brings the incoming gradient into the input's layout, so the results follow.
+            # PyTorch brings the incoming gradient into the input's layout, and before that the
+            # input into the forward's if the weight's gradient needs it: so do the results follow.
+            nhwc = ctx.a_is_channels_last
+            if a is not None:
+                a = a.contiguous(memory_format=ctx.format)
+                nhwc = is_channels_last(a.shape, a.stride())
             grad = grad.contiguous(
-                memory_format=torch.channels_last
-                if ctx.a_is_channels_last
-                else torch.contiguous_format
+                memory_format=torch.channels_last if nhwc else torch.contiguous_format
             )
         slots = INPUTS[ctx.direction]
         values = dict(zip(slots, (a, b), strict=True)) | {OUTPUT[ctx.direction]: grad}

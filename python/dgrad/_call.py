@@ -45,6 +45,15 @@ def output_shape(
     return (b[1], a[1] // groups, *size)
 
 
+def memory_format(a: Tensor, b: Tensor) -> torch.memory_format:
+    """The layout that PyTorch brings the inputs of a convolution into, and gives its output."""
+    if a.dtype != torch.float64 and (
+        is_channels_last(a.shape, a.stride()) or is_channels_last(b.shape, b.stride())
+    ):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 class Call:
     """Runs one direction for tensors of one shape, stride and type, on one thread.
 
@@ -74,11 +83,7 @@ class Call:
         self._may_fall_back = policy.fallback == "pytorch" and not policy.algorithm
         self._runs_in_pytorch = False
         self._device: int = a.get_device()
-        # PyTorch's rule, so that outputs get PyTorch's strides.
-        nhwc = a.dtype != torch.float64 and (
-            is_channels_last(a.shape, a.stride()) or is_channels_last(b.shape, b.stride())
-        )
-        self._format = torch.channels_last if nhwc else torch.contiguous_format
+        self._format = memory_format(a, b)
         self._a_is_dense = a.is_contiguous(memory_format=self._format)
         self._b_is_dense = b.is_contiguous(memory_format=self._format)
         self._out_shape = output_shape(direction, a.shape, b.shape, geometry.groups, size)
@@ -104,7 +109,7 @@ class Call:
                 direction=direction,
                 dtype=DTYPES[a.dtype],
                 tf32=a.dtype == torch.float32 and config.tf32_allowed(),
-                layout="nhwc" if nhwc else "nchw",
+                layout="nhwc" if self._format is torch.channels_last else "nchw",
                 x=(images, *shapes["x"][1:]),
                 w=shapes["w"],
                 y=(images, *shapes["y"][1:]),

@@ -107,7 +107,7 @@ def conv_transpose2d(
             geometry.groups,
             geometry.dilation,
         )
-    x = _enter(input, prepared.appended)
+    x, weight = _enter(input, weight, prepared.appended)
     output = convolution("dgrad", x, weight, geometry, prepared.size, prepared.call)
     if bias is not None:
         output.add_(bias.view(1, -1, 1, 1))
@@ -160,7 +160,7 @@ def _prepare(
         return _Prepared(None, reason, geometry, size, (0, 0))
     appended = appended_rows(output_padding, geometry.stride)
     with torch.no_grad():
-        call = Call("dgrad", _enter(input, appended), weight, geometry, size)
+        call = Call("dgrad", *_enter(input, weight, appended), geometry, size)
     return _Prepared(call, None, geometry, size, appended)
 
 
@@ -188,10 +188,13 @@ def _unsuitable(input: Tensor, weight: Tensor) -> str | None:
     return _loader.unavailable_reason()
 
 
-def _enter(input: Tensor, appended: Pair) -> Tensor:
+def _enter(input: Tensor, weight: Tensor, appended: Pair) -> tuple[Tensor, Tensor]:
     """The input with a batch, and with the zero rows that stand for output padding."""
     x = input if input.dim() == 4 else input.unsqueeze(0)
-    return F.pad(x, (0, appended[1], 0, appended[0])) if appended != (0, 0) else x
+    if appended == (0, 0):
+        return x, weight
+    # Where PyTorch leaves cuDNN, its output is contiguous whatever the layouts.
+    return F.pad(x.contiguous(), (0, appended[1], 0, appended[0])), weight.contiguous()
 
 
 def _autocast(tensor: Tensor) -> Tensor:
