@@ -1,0 +1,123 @@
+"""What a call costs the host, against PyTorch's own: `python -m dgrad.bench.host --out FILE`.
+
+Both run in one process, in alternating rounds. The problems are so small, or the rounds so short,
+that the GPU keeps up: what is timed is the time until the call returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import dgrad
+from dgrad.bench import environment
+
+# N, C_in, H, W, C_out, kernel, stride, padding: the smallest layer, and N = 1 layers of models.
+LAYERS: dict[str, tuple[int, int, int, int, int, int, int, int]] = {
+    "tiny": (1, 8, 4, 4, 8, 3, 2, 1),
+    "dcgan/G1": (1, 100, 1, 1, 512, 4, 1, 0),
+    "dcgan/G4": (1, 128, 16, 16, 64, 4, 2, 1),
+    "pix2pix/up5": (1, 1024, 8, 8, 512, 4, 2, 1),
+    "unet/up4": (1, 128, 64, 64, 64, 2, 2, 0),
+    "vitpose/deconv1": (1, 768, 16, 12, 256, 4, 2, 1),
+}
+_CALLS = 100  # of one round; few enough for the queue of the GPU
+_ROUNDS = 30
+
+
+def _round(call: Callable[[], object]) -> list[float]:
+    """Microseconds of each of `_CALLS` calls in a row."""
+    torch.cuda.synchronize()
+    samples = []
+    for _ in range(_CALLS):
+        begin = time.perf_counter_ns()
+        call()
+        samples.append((time.perf_counter_ns() - begin) / 1e3)
+    return samples
+
+
+def compare_host(ours: Callable[[], object], theirs: Callable[[], object]) -> dict[str, float]:
+    """Median and 99th percentile of both calls in microseconds; the ratio is of the medians."""
+    for call in (ours, theirs):
+        _round(call)
+    times: dict[str, list[float]] = {"dgrad": [], "pytorch": []}
+    for _ in range(_ROUNDS):
+        times["dgrad"] += _round(ours)
+        times["pytorch"] += _round(theirs)
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
+    return {
+        **{f"{name}_us": value for name, value in medians.items()},
+        **{
+            f"{name}_p99_us": statistics.quantiles(samples, n=100)[98]
+            for name, samples in times.items()
+        },
+        "ratio": medians["dgrad"] / medians["pytorch"],
+    }
+
+
+def _cases() -> list[dict[str, Any]]:
+    cases = []
+    for name, (n, c_in, h, w, c_out, k, stride, padding) in LAYERS.items():
+        for bias in (False, True):
+            layer = torch.nn.ConvTranspose2d(
+                c_in, c_out, k, stride, padding, bias=bias, device="cuda"
+            )
+            ours = dgrad.ConvTranspose2d(c_in, c_out, k, stride, padding, bias=bias, device="cuda")
+            x = torch.randn(n, c_in, h, w, device="cuda")
+            functions = [
+                partial(call, x, layer.weight, layer.bias, stride, padding)
+                for call in (dgrad.conv_transpose2d, F.conv_transpose2d)
+            ]
+            modules = [partial(module, x) for module in (ours, layer)]
+            for kind, calls, recording in (
+                ("function", functions, False),
+                ("module", modules, False),
+                ("module, recording", modules, True),
+            ):
+                with torch.set_grad_enabled(recording):
+                    result = compare_host(*calls)
+                cases.append({"layer": name, "bias": bias, "call": kind, **result})
+    return cases
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Host time of a call against PyTorch's own.")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    arguments = parser.parse_args(argv)
+    if not dgrad.is_available():
+        print(f"host: dgrad cannot run here: {dgrad.unavailable_reason()}", file=sys.stderr)
+        return 3
+    cases = _cases()
+    versions = environment.versions()
+    versions.pop("cudnn_path")
+    record = {
+        "meta": {
+            "command": "python -m dgrad.bench.host",
+            "device": torch.cuda.get_device_name(),
+            "versions": versions,
+        },
+        "cases": cases,
+        "summary": {"max_ratio": max(case["ratio"] for case in cases)},
+    }
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    for case in cases:
+        print(
+            f"{case['layer']:<16} {case['call']:<18} bias {case['bias']!s:<5} "
+            f"dgrad {case['dgrad_us']:6.1f} us, PyTorch {case['pytorch_us']:6.1f} us, "
+            f"ratio {case['ratio']:.2f}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
