@@ -51,7 +51,8 @@ def check_tensors(input: object, weight: object, bias: object) -> None:
             raise RuntimeError(
                 f"{name} is on {value.device}, expected {input.device}, the device of input"
             )
-        if value.dtype != input.dtype and not _autocasts(input.device.type):
+        # Elsewhere PyTorch's operator is still to cast; on CUDA the casting is done.
+        if value.dtype != input.dtype and (input.is_cuda or not _autocasts(input.device.type)):
             raise RuntimeError(
                 f"{name} has dtype {value.dtype}, expected {input.dtype}, the dtype of input"
             )

@@ -74,8 +74,9 @@ def conv_transpose2d(
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
     ):
-        reason = "torch.compile, export, tracing or forward-mode AD is at work"
+        reason = "torch.compile, export, trace, forward-mode AD or torch.func is at work"
         return _pytorch(
             reason, input, weight, bias, stride, padding, output_padding, groups, dilation
         )
@@ -143,7 +144,7 @@ def _key(
             threading.get_ident(),
         )
     except (AttributeError, TypeError, RuntimeError):
-        # Not a tensor, or one without strides or storage: sparse, fake, inside a transform.
+        # Not a tensor, or one without strides or storage, such as a sparse or a fake one.
         return None
 
 
@@ -183,8 +184,6 @@ def _unsuitable(input: Tensor, weight: Tensor) -> str | None:
         return "the batch is empty"
     if input.is_neg() or weight.is_neg():
         return "a negative view must be resolved first"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func is at work"
     return _loader.unavailable_reason()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache
+from functools import cache, lru_cache
 
 from ._loader import cudnn_version
 from .selection import Candidate, Selection
@@ -46,7 +46,7 @@ def rejected(problem: object, candidate: Candidate) -> None:
     logger.debug("rejected %s for %s: %s", candidate, problem, candidate.rejected)
 
 
-@cache
+@lru_cache(maxsize=1024)  # a reason can be the table of a problem
 def fallback(reason: str) -> None:
     """One INFO line, once for each reason: PyTorch's own operator runs."""
     _configure()

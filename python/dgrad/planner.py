@@ -239,7 +239,17 @@ class Runner:
             )
             if value is not None
         }
-        out_of_memory = any(candidate.out_of_memory for candidate, _ in reasons)
+        lacking = [
+            index
+            for index, (candidate, _) in enumerate(reasons)
+            if candidate.out_of_memory
+            and _objection(replace(candidate, rejected=None), problem.direction, policy) is None
+        ]
+        for index in lacking:  # with nothing else to run, memory is worth another look
+            self._knowledge.candidates[index] = replace(
+                reasons[index][0], rejected=None, out_of_memory=False
+            )
+        out_of_memory = bool(lacking)
         what = "is out of memory for" if out_of_memory else "has no usable candidate for"
         message = (
             f"dgrad {what} {problem}\n{reasons_table(reasons)}\n"

@@ -1,0 +1,212 @@
+"""Options, the header, skipping without a GPU, clean switches, and the record of a gpu run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dgrad
+from code_hash import code_hash
+from dgrad import config as dgrad_config
+from dgrad.bench import environment
+from reference import Case, pytorch_tf32, random_case, set_pytorch_tf32
+
+_TESTS = Path(__file__).resolve().parent
+_RECORD = _TESTS / "results" / "gpu.json"
+_DEFAULT_SEED = 20260117
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dgrad")
+    group.addoption(
+        "--seed",
+        type=int,
+        default=_DEFAULT_SEED,
+        help=f"of the random problems of the sweep (default {_DEFAULT_SEED})",
+    )
+    group.addoption(
+        "--repro",
+        metavar="ID|JSON",
+        help="run one problem of the sweep alone: its number under --seed, or its JSON",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    text = config.getoption("repro")
+    if text is not None:
+        config.stash[_REPRO] = _parse_repro(text, config.getoption("seed"))
+    config.pluginmanager.register(_Record(config), "dgrad-gpu-record")
+
+
+_REPRO = pytest.StashKey[Case]()
+
+
+def _parse_repro(text: str, seed: int) -> Case:
+    if text.strip().removeprefix("sweep-").isdecimal():
+        return random_case(seed, int(text.strip().removeprefix("sweep-")))
+    try:
+        return Case.from_json(text)
+    except (TypeError, ValueError) as error:
+        raise pytest.UsageError(f"--repro {text}: {error}") from error
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with a parameter ``swept`` runs once for each problem of the sweep."""
+    if "swept" not in metafunc.fixturenames:
+        return
+    repro = metafunc.config.stash.get(_REPRO, None)
+    if repro is not None:
+        metafunc.parametrize("swept", [repro], ids=["repro"])
+        return
+    count = metafunc.module.SWEEP_SIZE
+    seed = metafunc.config.getoption("seed")
+    cases = [random_case(seed, index) for index in range(count)]
+    metafunc.parametrize("swept", cases, ids=[f"sweep-{index}" for index in range(count)])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.stash.get(_REPRO, None) is not None:
+        alone = [item for item in items if "swept" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in alone])
+        items[:] = alone
+    reason = dgrad.unavailable_reason()
+    if reason is not None:
+        skip = pytest.mark.skip(reason=f"dgrad cannot run on a GPU here: {reason}")
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(skip)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    versions = environment.versions()
+    shown = ("dgrad", "torch", "cuda", "driver", "cudnn_loaded", "cudnn_compiled")
+    lines = [", ".join(f"{name} {versions[name]}" for name in shown)]
+    devices = ", ".join(str(device["name"]) for device in environment.devices())
+    lines.append(f"devices: {devices or 'none'}; sweep seed {config.getoption('seed')}")
+    repro = config.stash.get(_REPRO, None)
+    if repro is not None:
+        lines.append(f"repro: {repro.to_json()}")
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def _switches_as_before() -> Iterator[None]:
+    """Each test may change the global switches of PyTorch and dgrad; none passes them on."""
+    cudnn = torch.backends.cudnn
+    names = ("enabled", "benchmark", "deterministic")
+    before = {name: getattr(cudnn, name) for name in names}
+    tf32 = pytorch_tf32()
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    flags = dgrad_config._flags
+    max_size = dgrad.plan_cache.max_size
+    yield
+    for name, value in before.items():
+        if getattr(cudnn, name) != value:
+            setattr(cudnn, name, value)
+    if pytorch_tf32() != tf32:
+        set_pytorch_tf32(tf32)
+    torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+    dgrad_config._flags = flags
+    dgrad.plan_cache.max_size = max_size
+
+
+# --- the record of a gpu run --------------------------------------------------------------------
+
+
+class _Record:
+    """Writes results/gpu.json after a run of all gpu tests; part of them leaves it as it is."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._selected: list[str] = []
+        self._outcomes: dict[str, str] = {}
+        self._ran: set[str] = set()
+        self._duration_s = 0.0
+        self._is_partial = not _covers_all_tests(config)
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        if any(item.get_closest_marker("gpu") is not None for item in items):
+            self._is_partial = True
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._is_partial = True
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._selected = [
+            item.nodeid for item in session.items if item.get_closest_marker("gpu") is not None
+        ]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if "gpu" not in report.keywords:
+            return
+        self._duration_s += report.duration
+        if report.when == "call" and not report.skipped:
+            self._ran.add(report.nodeid)
+        if report.failed or report.when == "call" or report.skipped:
+            worst = self._outcomes.get(report.nodeid) == "failed"
+            self._outcomes[report.nodeid] = "failed" if worst else report.outcome
+
+    def pytest_sessionfinish(self) -> None:
+        if self._is_partial or not self._ran or len(self._outcomes) != len(self._selected):
+            return
+        _RECORD.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = _RECORD.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(self._to_dict(), indent=1) + "\n")
+        os.replace(unfinished, _RECORD)
+
+    def _to_dict(self) -> dict[str, Any]:
+        versions = environment.versions()
+        outcomes = list(self._outcomes.values())
+        return {
+            "device": torch.cuda.get_device_name(0),
+            "driver": versions["driver"],
+            "cuda": versions["cuda"],
+            "cudnn": versions["cudnn_loaded"],
+            "cudnn_compiled": versions["cudnn_compiled"],
+            "pytorch": versions["torch"],
+            "python": platform.python_version(),
+            "dgrad": versions["dgrad"],
+            "command": _command(self._config),
+            "passed": outcomes.count("passed"),
+            "failed": outcomes.count("failed"),
+            "skipped": outcomes.count("skipped"),
+            "failures": [name for name, outcome in self._outcomes.items() if outcome == "failed"],
+            "duration_s": round(self._duration_s, 1),
+            "seed": self._config.getoption("seed"),
+            "code_hash": code_hash(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+
+def _covers_all_tests(config: pytest.Config) -> bool:
+    """Whether the command line leaves no test file out; the deselected ones are told apart later.
+
+    Some options leave tests out while they are collected, and no hook tells of them.
+    """
+    if any(config.getoption(name, None) for name in ("ignore", "ignore_glob", "lf", "collectonly")):
+        return False
+    paths = [config.invocation_params.dir / argument for argument in config.args]
+    return any("::" not in str(path) and _TESTS.is_relative_to(path.resolve()) for path in paths)
+
+
+def _command(config: pytest.Config) -> str:
+    """The command line, without the folders of this machine."""
+    words = []
+    for word in map(str, config.invocation_params.args):
+        path = Path(word)
+        if path.is_absolute():
+            inside = path.is_relative_to(config.rootpath)
+            word = str(path.relative_to(config.rootpath)) if inside else path.name
+        words.append(word)
+    return shlex.join(["pytest", *words])

@@ -1,0 +1,298 @@
+"""Flags follow PyTorch's switches unless dgrad's own say otherwise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import dgrad
+from dgrad import config
+
+DEFAULTS = config.Flags()
+
+
+@pytest.fixture(autouse=True)
+def restored_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(config, "_flags", DEFAULTS)
+    deterministic = torch.backends.cudnn.deterministic
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(algorithms)
+
+
+NAMES = ("deterministic", "allow_tf32", "workspace_limit", "algorithm", "fallback")
+
+
+def run_python(code: str, **environment: str) -> str:
+    """What a fresh Python prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_by_default_nothing_is_asked_for() -> None:
+    torch.backends.cudnn.deterministic = False
+    assert config.policy() == config.Policy(False, None, (), "pytorch")
+
+
+def test_deterministic_follows_both_of_pytorchs_switches() -> None:
+    for cudnn, algorithms in ((False, False), (True, False), (False, True), (True, True)):
+        torch.backends.cudnn.deterministic = cudnn
+        torch.use_deterministic_algorithms(algorithms)
+        assert config.policy().deterministic is (cudnn or algorithms)
+
+
+def test_deterministic_follows_algorithms_that_only_warn() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert config.policy().deterministic
+
+
+def test_the_own_flag_for_deterministic_wins() -> None:
+    torch.backends.cudnn.deterministic = True
+    with dgrad.flags(deterministic=False):
+        assert not config.policy().deterministic
+        with dgrad.flags(deterministic=None):
+            assert config.policy().deterministic
+    torch.backends.cudnn.deterministic = False
+    with dgrad.flags(deterministic=True):
+        assert config.policy().deterministic
+
+
+@pytest.mark.parametrize("pytorchs", [True, False])
+def test_the_own_flag_for_tf32_wins(pytorchs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_torch_allows_tf32", lambda: pytorchs)
+    monkeypatch.setattr(config, "_tf32_overridden", lambda: False)
+    assert config.tf32_allowed() is pytorchs
+    with dgrad.flags(allow_tf32=not pytorchs):
+        assert config.tf32_allowed() is not pytorchs
+    with dgrad.flags(allow_tf32=None):
+        assert config.tf32_allowed() is pytorchs
+
+
+def test_tf32_follows_the_switch_of_cudnn_and_not_that_of_matmul() -> None:
+    printed = run_python("""
+        import torch
+        from dgrad import config
+        print(config.tf32_allowed())
+        for value in (False, True):
+            torch.backends.cudnn.allow_tf32 = value
+            torch.backends.cuda.matmul.allow_tf32 = not value
+            print(config.tf32_allowed())
+    """)
+    assert printed.split() == ["True", "False", "True"]
+
+
+new_switches = pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch has fp32_precision since 2.9"
+)
+
+
+@new_switches
+def test_tf32_follows_the_new_switches_also_mixed_with_the_old_one() -> None:
+    # PyTorch's own allow_tf32 raises in some of these states, so conv.fp32_precision is the
+    # oracle: it is the value that the convolution reads.
+    printed = run_python("""
+        import torch
+        from dgrad import config
+
+        def compare():
+            print(config.tf32_allowed(), torch.backends.cudnn.conv.fp32_precision == "tf32")
+
+        compare()
+        for first in ("ieee", "tf32"):
+            for second in ("ieee", "tf32"):
+                torch.backends.cudnn.conv.fp32_precision = first
+                compare()
+                torch.backends.cudnn.rnn.fp32_precision = second
+                compare()
+                torch.backends.cudnn.allow_tf32 = second == "ieee"
+                compare()
+                torch.backends.cudnn.fp32_precision = first
+                compare()
+                torch.backends.fp32_precision = second
+                compare()
+                torch.backends.cudnn.conv.fp32_precision = "none"
+                compare()
+                torch.backends.cudnn.fp32_precision = "none"
+                compare()
+    """)
+    rows = [line.split() for line in printed.splitlines()]
+    assert len(rows) == 29
+    assert all(found == expected for found, expected in rows)
+    assert {found for found, _ in rows} == {"True", "False"}
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", "True"), ("", "True")])
+def test_nvidias_variable_forbids_tf32_if_it_is_0(value: str, expected: str) -> None:
+    code = """
+        import dgrad
+        from dgrad import config
+        with dgrad.flags(allow_tf32=True):
+            print(config.tf32_allowed())
+    """
+    assert run_python(code, NVIDIA_TF32_OVERRIDE=value).split() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        (0, 0),
+        (12345, 12345),
+        (2**40, 2**40),
+        ("0", 0),
+        ("512", 512),
+        ("512B", 512),
+        ("1KB", 1000),
+        ("1KiB", 1024),
+        ("256MiB", 256 * 1024**2),
+        ("256 MiB", 256 * 1024**2),
+        (" 1.5 GiB ", 3 * 2**29),
+        ("1GB", 10**9),
+        ("2TiB", 2 * 1024**4),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_workspace_limit_is_read(value: Any, expected: int | None) -> None:
+    with dgrad.flags(workspace_limit=value):
+        assert config.policy().workspace_limit == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, ()),
+        ({}, ()),
+        ("legacy:ALGO_1", (("dgrad", "legacy:ALGO_1"),)),
+        ({"wgrad": "legacy:FFT"}, (("wgrad", "legacy:FFT"),)),
+        (
+            {"wgrad": "legacy:FFT", "dgrad": "legacy:ALGO_0"},
+            (("dgrad", "legacy:ALGO_0"), ("wgrad", "legacy:FFT")),
+        ),
+    ],
+    ids=str,
+)
+def test_algorithm_is_read(value: Any, expected: tuple[tuple[str, str], ...]) -> None:
+    with dgrad.flags(algorithm=value):
+        assert config.policy().algorithm == expected
+
+
+BAD: list[tuple[str, Any, type[Exception]]] = [
+    ("deterministic", 1, TypeError),
+    ("deterministic", "yes", TypeError),
+    ("allow_tf32", 0, TypeError),
+    ("allow_tf32", "tf32", TypeError),
+    ("workspace_limit", -1, ValueError),
+    ("workspace_limit", True, ValueError),
+    ("workspace_limit", 1.5, ValueError),
+    ("workspace_limit", "", ValueError),
+    ("workspace_limit", "much", ValueError),
+    ("workspace_limit", "-1MiB", ValueError),
+    ("workspace_limit", "1 XiB", ValueError),
+    ("workspace_limit", "1MiB more", ValueError),
+    ("workspace_limit", "nan", ValueError),
+    ("workspace_limit", [1], ValueError),
+    ("algorithm", 1, TypeError),
+    ("algorithm", ["legacy:ALGO_1"], TypeError),
+    ("algorithm", "ALGO_1", ValueError),
+    ("algorithm", "", ValueError),
+    ("algorithm", {"up": "legacy:ALGO_1"}, ValueError),
+    ("algorithm", {"dgrad": 1}, ValueError),
+    ("algorithm", {"dgrad": None}, ValueError),
+    ("fallback", "cpu", ValueError),
+    ("fallback", None, ValueError),
+    ("fallback", True, ValueError),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), BAD, ids=lambda value: str(value))
+def test_a_bad_value_raises_with_the_flag_and_the_value_and_changes_nothing(
+    name: str, value: Any, expected: type[Exception]
+) -> None:
+    before = config.current()
+    for attempt in (dgrad.set_flags, lambda **changes: dgrad.flags(**changes).__enter__()):
+        with pytest.raises(expected, match=f"^{name} is .*expected") as caught:
+            attempt(**{name: value})
+        assert repr(value) in str(caught.value)
+        # The good one beside the bad one is not set either.
+        with pytest.raises(expected):
+            attempt(**{"deterministic": True, "fallback": "error", name: value})
+        assert config.current() is before
+
+
+def test_an_unknown_flag_lists_the_known_ones() -> None:
+    for attempt in (dgrad.set_flags, lambda **changes: dgrad.flags(**changes).__enter__()):
+        with pytest.raises(TypeError, match="unknown flag 'determinism', expected one of") as error:
+            attempt(determinism=True)
+        assert all(name in str(error.value) for name in NAMES)
+
+
+def test_blocks_nest_and_change_only_what_they_name() -> None:
+    with dgrad.flags(deterministic=True, workspace_limit=100):
+        with dgrad.flags(workspace_limit="1KiB", fallback="error"):
+            assert config.policy() == config.Policy(True, 1024, (), "error")
+        assert config.policy() == config.Policy(True, 100, (), "pytorch")
+    assert config.current() == DEFAULTS
+
+
+def test_an_exception_restores_the_flags_and_goes_on() -> None:
+    with pytest.raises(KeyError), dgrad.flags(deterministic=True, fallback="error"):
+        raise KeyError
+    assert config.current() == DEFAULTS
+
+
+def test_a_block_restores_what_set_flags_changed_inside() -> None:
+    dgrad.set_flags(workspace_limit=1)
+    with dgrad.flags(deterministic=True):
+        dgrad.set_flags(workspace_limit=2)
+    assert config.current() == config.Flags(workspace_limit=1)
+
+
+def test_the_block_can_decorate_a_function_many_times() -> None:
+    @dgrad.flags(deterministic=True)
+    def deterministic() -> bool:
+        return config.policy().deterministic
+
+    assert deterministic()
+    assert deterministic()
+    assert config.current() == DEFAULTS
+
+
+def test_set_flags_holds_until_it_is_changed() -> None:
+    dgrad.set_flags(deterministic=True, algorithm="legacy:ALGO_1")
+    dgrad.set_flags(allow_tf32=False)
+    flags = config.current()
+    assert (flags.deterministic, flags.allow_tf32) == (True, False)
+    assert flags.algorithm == (("dgrad", "legacy:ALGO_1"),)
+    dgrad.set_flags(deterministic=None, algorithm=None, allow_tf32=None)
+    assert config.current() == DEFAULTS
+
+
+def test_policies_are_keys_that_differ_in_every_flag() -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"deterministic": True},
+        {"workspace_limit": 0},
+        {"workspace_limit": 1},
+        {"algorithm": "legacy:ALGO_0"},
+        {"algorithm": {"fprop": "legacy:ALGO_0"}},
+        {"fallback": "error"},
+    ]
+    policies = set()
+    for change in changes:
+        with dgrad.flags(**change):
+            policies.add(config.policy())
+    assert len(policies) == len(changes)

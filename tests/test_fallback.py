@@ -1,0 +1,444 @@
+"""What dgrad cannot run, PyTorch runs, and dgrad says so once; and what there is without cuDNN."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dgrad
+from dgrad import _loader, functional, log
+
+X = torch.linspace(-1, 1, 2 * 4 * 3 * 3).reshape(2, 4, 3, 3)
+W = torch.linspace(-1, 1, 4 * 2 * 3 * 3).reshape(4, 2, 3, 3)
+BIAS = torch.tensor([1.0, -2.0])
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet() -> Iterator[None]:
+    log.fallback.cache_clear()
+    dgrad.plan_cache.clear()
+    yield
+    log.fallback.cache_clear()
+    dgrad.plan_cache.clear()
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        for _ in range(3):
+            dgrad.conv_transpose2d(X, W)
+            dgrad.conv_transpose2d(X, W, BIAS, stride=2)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("dgrad", "INFO")
+    assert record.getMessage() == (
+        "PyTorch's own conv_transpose2d runs: input is on cpu, and cuDNN runs on CUDA devices"
+    )
+
+
+def test_another_reason_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        dgrad.conv_transpose2d(X, W)
+        dgrad.conv_transpose2d(X.to("meta"), W.to("meta"))
+    assert ["cpu" in caplog.messages[0], "meta" in caplog.messages[1]] == [True, True]
+
+
+def test_the_reasons_that_were_said_take_bounded_memory() -> None:
+    # The reason can be the table of a problem, so there may be one for each shape.
+    for i in range(20_000):
+        log.fallback(f"reason {i}")
+    assert log.fallback.cache_info().currsize <= 4096
+
+
+CALLS = """
+    import torch, dgrad
+    for _ in range(3):
+        dgrad.conv_transpose2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+"""
+
+
+def test_by_default_nothing_is_printed() -> None:
+    done = run_python(CALLS, DGRAD_LOG="")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("level", ["info", " DEBUG "])
+def test_the_variable_shows_the_log(level: str) -> None:
+    done = run_python(CALLS, DGRAD_LOG=level)
+    assert (done.returncode, done.stdout) == (0, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("[dgrad] PyTorch's own conv_transpose2d runs: input is on cpu")
+
+
+def test_an_unknown_level_is_said_and_taken_as_info() -> None:
+    done = run_python(CALLS, DGRAD_LOG="loud")
+    first, second = done.stderr.splitlines()
+    assert first == "[dgrad] DGRAD_LOG is 'loud', expected info or debug; info is used"
+    assert "input is on cpu" in second
+
+
+def test_the_root_logger_and_its_handlers_are_left_alone() -> None:
+    assert logging.getLogger("dgrad").handlers
+    done = run_python("""
+        import logging, dgrad
+        print(logging.getLogger().handlers, logging.getLogger("dgrad").level)
+    """)
+    assert done.stdout.split() == ["[]", "0"]
+
+
+def test_the_flag_forbids_it() -> None:
+    with dgrad.flags(fallback="error"):
+        for _ in range(2):
+            with pytest.raises(dgrad.NotSupportedError) as caught:
+                dgrad.conv_transpose2d(X, W)
+            assert "input is on cpu" in str(caught.value)
+            assert "fallback='error'" in str(caught.value)
+            with pytest.raises(dgrad.NotSupportedError):
+                dgrad.ConvTranspose2d(4, 2, 3)(X)
+    assert torch.equal(dgrad.conv_transpose2d(X, W), F.conv_transpose2d(X, W))
+
+
+def test_bad_arguments_are_told_before_the_fallback_is_refused() -> None:
+    with dgrad.flags(fallback="error"), pytest.raises(RuntimeError, match="stride is") as caught:
+        dgrad.conv_transpose2d(X, W, stride=0)
+    assert not isinstance(caught.value, dgrad.NotSupportedError)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16, torch.bfloat16, torch.float32, torch.float64,
+        torch.complex64, torch.complex128, torch.int64,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_dtype_that_pytorch_runs_gives_its_result_and_strides(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    x = (3 * X).to(dtype).contiguous(memory_format=layout)
+    arguments = (x, (3 * W).to(dtype), BIAS.to(dtype), 2, 1, 1)
+    found, expected = dgrad.conv_transpose2d(*arguments), F.conv_transpose2d(*arguments)
+    assert found.dtype is dtype
+    assert found.stride() == expected.stride()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t.transpose(2, 3),
+        lambda t: t.flip(0)[..., ::2],
+        lambda t: t[:, :, :1].expand(-1, -1, 3, -1),
+        lambda t: t.to(torch.complex64).conj(),
+        lambda t: t.to(torch.complex64).conj().imag,
+        lambda t: torch.empty(t.numel() + 1)[1:].view(t.shape).copy_(t),
+    ],
+    ids=["transposed", "every second", "expanded", "conjugated", "negated", "misaligned"],
+)
+def test_views_give_pytorchs_result(view: Any) -> None:
+    x = view(X)
+    w = W.to(x.dtype)
+    assert torch.equal(dgrad.conv_transpose2d(x, w), F.conv_transpose2d(x, w))
+
+
+class Tagged(Tensor):
+    """A subclass that keeps its type, as PyTorch's subclasses do by default."""
+
+
+class Intercepting(Tensor):
+    """A subclass with a rule of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.conv_transpose2d:
+            return "intercepted"
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class TensorLike:
+    """No tensor at all, but something that PyTorch's functions ask."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func.__name__
+
+
+def test_a_subclass_keeps_its_rules(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        found = dgrad.conv_transpose2d(X.as_subclass(Tagged), W)
+    assert type(found) is Tagged
+    assert torch.equal(found.as_subclass(Tensor), F.conv_transpose2d(X, W))
+    assert "Tagged is a subclass of Tensor" in caplog.text
+    assert dgrad.conv_transpose2d(X, W.as_subclass(Intercepting)) == "intercepted"
+    assert dgrad.conv_transpose2d(X, W, BIAS.as_subclass(Intercepting)) == "intercepted"
+    assert dgrad.conv_transpose2d(TensorLike(), W) == "conv_transpose2d"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_on_the_cpu_casts_as_pytorch_does(dtype: torch.dtype) -> None:
+    layer = dgrad.ConvTranspose2d(4, 2, 3)
+    with torch.autocast("cpu", dtype=dtype):
+        for x in (X, X.to(dtype)):
+            found = layer(x)
+            expected = F.conv_transpose2d(x, layer.weight, layer.bias)
+            assert found.dtype is expected.dtype is dtype
+            assert torch.equal(found, expected)
+        with torch.autocast("cpu", enabled=False):
+            assert layer(X).dtype is torch.float32
+    with pytest.raises(RuntimeError):
+        layer(X.to(dtype))
+
+
+def test_a_cuda_autocast_leaves_cpu_tensors_alone() -> None:
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)  # the context manager refuses without a GPU
+    try:
+        assert dgrad.conv_transpose2d(X, W).dtype is torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+def test_vmap_gives_pytorchs_result() -> None:
+    xs, ws = torch.stack([X, 2 * X, -X]), torch.stack([W, -W, 3 * W])
+    for in_dims in ((0, 0), (0, None), (None, 0)):
+        arguments = (xs if in_dims[0] == 0 else X, ws if in_dims[1] == 0 else W)
+        found, expected = (
+            torch.func.vmap(function, in_dims)(*arguments)
+            for function in (dgrad.conv_transpose2d, F.conv_transpose2d)
+        )
+        assert torch.equal(found, expected)
+
+
+# PyTorch's own rules for forward mode are compiled at their first use.
+forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
+
+@forward_mode
+def test_the_transforms_of_torch_func_give_pytorchs_results() -> None:
+    def loss(function: Any) -> Any:
+        return lambda w, b: function(X, w, b, 2).pow(2).sum()
+
+    ours, theirs = loss(dgrad.conv_transpose2d), loss(F.conv_transpose2d)
+    for transform in (
+        lambda f: torch.func.grad(f, argnums=(0, 1))(W, BIAS),
+        lambda f: torch.func.jvp(f, (W, BIAS), (W, BIAS)),
+        lambda f: torch.func.vjp(f, W, BIAS)[1](torch.tensor(1.0)),
+        lambda f: torch.func.jacrev(f)(W, BIAS),
+        lambda f: torch.func.hessian(f, argnums=1)(W, BIAS),
+        lambda f: torch.func.functionalize(f)(W, BIAS),
+        lambda f: torch.func.vmap(torch.func.grad(f), (0, None))(torch.stack([W, -W]), BIAS),
+    ):
+        torch.testing.assert_close(transform(ours), transform(theirs))
+
+
+@forward_mode
+def test_forward_mode_gives_pytorchs_tangent() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(X, X + 1)
+        found, expected = (
+            torch.autograd.forward_ad.unpack_dual(function(dual, W))
+            for function in (dgrad.conv_transpose2d, F.conv_transpose2d)
+        )
+    torch.testing.assert_close(found.tangent, expected.tangent)
+
+
+def test_a_layer_can_be_called_with_other_parameters() -> None:
+    layer = dgrad.ConvTranspose2d(4, 2, 3)
+    found = torch.func.functional_call(layer, {"weight": W, "bias": BIAS}, (X,))
+    assert torch.equal(found, F.conv_transpose2d(X, W, BIAS))
+
+
+@pytest.fixture
+def cpu_taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """CPU tensors are prepared as CUDA tensors are; the list holds the input pointers of calls."""
+    unsuitable, pointers = functional._unsuitable, []
+
+    def without_devices(input: Tensor, weight: Tensor) -> str | None:
+        reason = unsuitable(input, weight)
+        if input.is_neg() or weight.is_neg() or torch._C._functorch.peek_interpreter_stack():
+            return reason
+        return None
+
+    class Recorder:
+        def __init__(self, direction: str, a: Tensor, b: Tensor, *_: Any) -> None:
+            pass
+
+        def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+            pointers.append(a.data_ptr())
+            return F.conv_transpose2d(a, b)
+
+    monkeypatch.setattr(functional, "_unsuitable", without_devices)
+    monkeypatch.setattr(functional, "Call", Recorder)
+    return pointers
+
+
+def test_a_call_is_found_again(cpu_taken_for_a_gpu: list[int]) -> None:
+    dgrad.conv_transpose2d(X, W)
+    dgrad.conv_transpose2d(X, W)
+    assert len(cpu_taken_for_a_gpu) == 2
+
+
+def test_a_call_inside_a_transform_does_not_send_later_ones_to_pytorch(
+    cpu_taken_for_a_gpu: list[int],
+) -> None:
+    torch.func.vmap(lambda z: z * dgrad.conv_transpose2d(X, W).sum())(torch.ones(2))
+    before = len(cpu_taken_for_a_gpu)
+    dgrad.conv_transpose2d(X, W)
+    assert len(cpu_taken_for_a_gpu) == before + 1
+
+
+def test_a_remembered_call_gets_no_tensor_without_memory(
+    cpu_taken_for_a_gpu: list[int],
+) -> None:
+    dgrad.conv_transpose2d(X, W)
+    torch.func.functionalize(lambda x: dgrad.conv_transpose2d(x, W))(X)
+    assert all(cpu_taken_for_a_gpu), "cuDNN would read from a null pointer"
+
+
+def test_a_remembered_call_with_gradients_works_inside_a_transform(
+    cpu_taken_for_a_gpu: list[int],
+) -> None:
+    w = W.clone().requires_grad_()
+    dgrad.conv_transpose2d(X, w)
+    one = torch.tensor(1.0)
+    gradient = torch.func.grad(lambda z: (z * dgrad.conv_transpose2d(X, w)).sum())(one)
+    torch.testing.assert_close(gradient, F.conv_transpose2d(X, w).sum())
+
+
+@pytest.fixture
+def loaded_as(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the loader says where importing the native module does `imported`."""
+
+    def load(imported: Any, mapped: list[str] | None = None) -> tuple[Any, str | None]:
+        def import_module(name: str, *rest: Any) -> Any:
+            if name != "dgrad._core":
+                return importlib.__import__(name, *rest)
+            if isinstance(imported, Exception):
+                raise imported
+            return imported
+
+        monkeypatch.setattr(_loader.importlib, "import_module", import_module)
+        monkeypatch.setattr(_loader, "_wheel_library", lambda: None)
+        monkeypatch.setattr(_loader, "_mapped_libraries", lambda: mapped or [])
+        result: tuple[Any, str | None] = _loader.load.__wrapped__()
+        return result
+
+    return load
+
+
+def test_without_cudnn_the_reason_says_how_to_get_it(loaded_as: Any) -> None:
+    core, reason = loaded_as(
+        ImportError("libcudnn.so.9: cannot open shared object file: No such file or directory")
+    )
+    assert core is None
+    assert "libcudnn.so.9 was not found" in reason
+    assert "pip install nvidia-cudnn-cu13" in reason
+
+
+def test_without_the_native_module_the_reason_says_how_to_build_it(loaded_as: Any) -> None:
+    core, reason = loaded_as(ModuleNotFoundError("No module named 'dgrad._core'"))
+    assert core is None
+    assert "dgrad._core is not built" in reason
+    assert "pip install" in reason
+
+
+def test_another_import_error_is_passed_on_in_words(loaded_as: Any) -> None:
+    core, reason = loaded_as(ImportError("undefined symbol: _ZN5boost"))
+    assert core is None
+    assert reason == "the native module could not be loaded: undefined symbol: _ZN5boost"
+
+
+@pytest.mark.parametrize(
+    ("version", "text"),
+    [(8907, "0.89.7"), (90000, "9.0.0"), (100000, "10.0.0"), (0, "0.0.0")],
+)
+def test_a_cudnn_that_is_too_old_or_too_new_is_refused(
+    loaded_as: Any, version: int, text: str
+) -> None:
+    path = "/somewhere/libcudnn.so.9"
+    core, reason = loaded_as(SimpleNamespace(cudnn_version=lambda: version), [path])
+    assert core is None
+    assert reason == f"cuDNN {text} is loaded from {path}, and dgrad needs 9.1.0 or a later 9.x"
+
+
+@pytest.mark.parametrize("version", [90100, 91200, 91900, 92600, 99999])
+def test_every_other_cudnn_9_is_accepted(loaded_as: Any, version: int) -> None:
+    module = SimpleNamespace(cudnn_version=lambda: version)
+    assert loaded_as(module, ["/somewhere/libcudnn.so.9"]) == (module, None)
+
+
+def test_a_process_with_another_major_version_is_refused(loaded_as: Any) -> None:
+    core, reason = loaded_as(SimpleNamespace(), ["/a/libcudnn.so.8.9.7", "/b/libcudnn.so.9"])
+    assert core is None
+    assert "has loaded /a/libcudnn.so.8.9.7" in reason
+    assert "cuDNN 9" in reason
+
+
+def test_rocm_is_refused(loaded_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    core, reason = loaded_as(SimpleNamespace())
+    assert core is None
+    assert "ROCm" in reason
+
+
+def test_what_needs_cudnn_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_loader, "load", lambda: (None, "it is not there"))
+    assert dgrad.unavailable_reason() == "it is not there"
+    assert not dgrad.is_available()
+    assert (_loader.cudnn_version(), _loader.compiled_cudnn_version()) == (None, None)
+    with pytest.raises(RuntimeError, match="cuDNN is not usable: it is not there"):
+        _loader.require()
+    assert torch.equal(dgrad.conv_transpose2d(X, W), F.conv_transpose2d(X, W))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reason_says_so() -> None:
+    assert not dgrad.is_available()
+    assert dgrad.unavailable_reason()
+
+
+def test_the_package_works_in_a_process_without_cudnn() -> None:
+    done = run_python("""
+        import importlib
+
+        import_module = importlib.import_module
+
+        def without_cudnn(name, *rest):
+            if name == "dgrad._core":
+                raise ImportError("libcudnn.so.9: cannot open shared object file")
+            return import_module(name, *rest)
+
+        importlib.import_module = without_cudnn
+        import sys, torch, dgrad
+
+        assert "dgrad._core" not in sys.modules
+        print(dgrad.is_available(), dgrad.unavailable_reason())
+        layer = dgrad.ConvTranspose2d(1, 1, 2, bias=False)
+        x = torch.ones(1, 1, 2, 2, requires_grad=True)
+        layer(x).sum().backward()
+        assert layer.weight.grad.sum() == 16
+        model = torch.nn.Sequential(torch.nn.ConvTranspose2d(1, 1, 2))
+        assert dgrad.convert(model) == ["0"]
+        assert model(x).shape == (1, 1, 3, 3)
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("False libcudnn.so.9 was not found")

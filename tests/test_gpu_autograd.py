@@ -1,0 +1,358 @@
+"""Gradients of all orders, training, autocast and gradient scaling on the GPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import dgrad
+from dgrad import _autograd
+from reference import (
+    Arguments,
+    Case,
+    arguments,
+    assert_close,
+    expected,
+    pytorch,
+    pytorch_results,
+    results,
+)
+
+pytestmark = pytest.mark.gpu
+
+TINY = Case(n=2, c_in=2, c_out=2, size=(3, 2), kernel=(2, 2), precision="float64")
+CHECKED = {
+    "plain": TINY,
+    "without bias": replace(TINY, bias=False),
+    "without batch": replace(TINY, n=None),
+    "stride": replace(TINY, stride=(2, 1)),
+    "stride over the kernel": replace(TINY, stride=(3, 3), size=(2, 2)),
+    "padding": replace(TINY, kernel=(3, 2), padding=(2, 1)),
+    "output padding": replace(TINY, stride=(2, 3), output_padding=(1, 2), size=(2, 2)),
+    "output padding as large as the stride": replace(
+        TINY, size=(2, 2), dilation=(3, 2), output_padding=(2, 1)
+    ),
+    "dilation": replace(TINY, dilation=(2, 3)),
+    "groups": replace(TINY, c_in=4, c_out=4, groups=2, size=(2, 2)),
+    "depthwise": replace(TINY, c_in=3, c_out=3, groups=3, size=(2, 2)),
+    "channels_last": replace(TINY, layout="channels_last", weight_layout="channels_last"),
+    "slices": replace(TINY, layout="slice", weight_layout="transposed"),
+}
+
+
+def function_of(case: Case) -> Callable[..., Tensor]:
+    def function(*tensors: Tensor) -> Tensor:
+        return dgrad.conv_transpose2d(*tensors, **case.options)
+
+    return function
+
+
+# Atomics add in any order, so float64 repeats up to rounding.
+NONDETERMINISM = 1e-10
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_gradients_agree_with_finite_differences(name: str) -> None:
+    case = CHECKED[name]
+    with dgrad.flags(fallback="error"):
+        assert gradcheck(function_of(case), arguments(case).leaves, nondet_tol=NONDETERMINISM)
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_second_gradients_agree_with_finite_differences(name: str) -> None:
+    case = CHECKED[name]
+    with dgrad.flags(fallback="error"):
+        assert gradgradcheck(function_of(case), arguments(case).leaves, nondet_tol=NONDETERMINISM)
+
+
+# --- only what is needed ------------------------------------------------------------------------
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The directions that backward passes run from now on."""
+    ran: list[str] = []
+    convolution = _autograd.convolution
+
+    def spy(direction: str, *rest: Any) -> Tensor:
+        ran.append(direction)
+        return convolution(direction, *rest)
+
+    monkeypatch.setattr(_autograd, "convolution", spy)
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("needs_input", "needs_weight", "directions"),
+    [
+        (True, True, ["fprop", "wgrad"]),
+        (True, False, ["fprop"]),
+        (False, True, ["wgrad"]),
+        (False, False, []),
+    ],
+)
+def test_only_needed_gradients_are_computed(
+    needs_input: bool,
+    needs_weight: bool,
+    directions: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = Case(c_in=8, c_out=8, stride=(2, 2))
+    given = arguments(case)
+    given.input.requires_grad_(needs_input)
+    given.weight.requires_grad_(needs_weight)
+    output = dgrad.conv_transpose2d(given.input, given.weight, given.bias, **case.options)
+    ran = recorded(monkeypatch)
+    output.backward(given.grad_output)
+    assert ran == directions
+    assert (given.input.grad is not None) is needs_input
+    assert (given.weight.grad is not None) is needs_weight
+    assert given.bias is not None
+    assert given.bias.grad is not None
+
+
+@pytest.mark.parametrize(("which", "direction"), [("input", "fprop"), ("weight", "wgrad")])
+def test_only_asked_gradients_are_computed(
+    which: str, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in PyTorch, where autograd.grad for the input leaves the weight's gradient out."""
+    case = Case(c_in=8, c_out=8, stride=(2, 2))
+    given = arguments(case)
+    output = dgrad.conv_transpose2d(given.input, given.weight, given.bias, **case.options)
+    ran = recorded(monkeypatch)
+    torch.autograd.grad(output, [getattr(given, which)], given.grad_output)
+    assert ran == [direction]
+
+
+def test_no_grad_makes_no_graph() -> None:
+    case = Case()
+    given = arguments(case)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            output = dgrad.conv_transpose2d(given.input, given.weight, given.bias)
+        assert not output.requires_grad
+        assert output.grad_fn is None
+
+
+def test_gradients_add_up_over_two_backward_passes() -> None:
+    case = Case(c_in=8, c_out=8, precision="float64")
+    given = arguments(case)
+    wanted = expected(case, given)["grad_weight"].value
+    for times in (1, 2):
+        output = dgrad.conv_transpose2d(given.input, given.weight, given.bias)
+        output.backward(given.grad_output)
+        assert given.weight.grad is not None
+        torch.testing.assert_close(given.weight.grad.cpu(), times * wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_a_changed_input_is_noticed_in_the_backward_pass() -> None:
+    given = arguments(Case())
+    output = dgrad.conv_transpose2d(given.input, given.weight)
+    with torch.no_grad():
+        given.input.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_the_leaves_gradients_have_the_leaves_strides() -> None:
+    for weight_layout in ("nchw", "channels_last"):
+        case = Case(c_in=8, c_out=8, layout="channels_last", weight_layout=weight_layout)
+        given = arguments(case)
+        dgrad.conv_transpose2d(given.input, given.weight, given.bias).sum().backward()
+        for leaf in given.leaves:
+            assert leaf.grad is not None
+            assert leaf.grad.stride() == leaf.stride()
+
+
+# --- double backward ----------------------------------------------------------------------------
+
+ORDERS = {
+    "4x4 s2": Case(n=2, c_in=8, c_out=4, size=(5, 6), kernel=(4, 4), stride=(2, 2), padding=(1, 1)),
+    "3x5 s(2,3) g4": Case(
+        n=2, c_in=8, c_out=16, size=(5, 4), kernel=(3, 5), stride=(2, 3), dilation=(2, 1), groups=4
+    ),
+    "without batch": Case(n=None, c_in=4, c_out=4, size=(4, 4), bias=False),
+}
+
+
+def second_gradients(
+    function: Callable[..., Tensor], case: Case, given: Arguments
+) -> tuple[Tensor, ...]:
+    """The gradients of a gradient penalty."""
+    output = function(given.input, given.weight, given.bias, **case.options)
+    first = torch.autograd.grad(
+        output, [given.input, given.weight], given.grad_output, create_graph=True
+    )
+    penalty = sum((grad.square().sum() for grad in first), start=output.square().sum())
+    return torch.autograd.grad(penalty, given.leaves)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize(("precision", "limit"), [("float64", 1e-11), ("float32", 2e-5)])
+@pytest.mark.parametrize("name", ORDERS)
+def test_double_backward_agrees_with_pytorch(
+    name: str, precision: str, limit: float, layout: str
+) -> None:
+    case = replace(ORDERS[name], precision=precision, layout=layout, weight_layout=layout)
+    given = arguments(case)
+    with dgrad.flags(allow_tf32=False, fallback="error"):
+        ours = second_gradients(dgrad.conv_transpose2d, case, given)
+    exact = Arguments(
+        *(
+            None if t is None else t.detach().double().requires_grad_()
+            for t in (given.input, given.weight, given.bias)
+        ),  # type: ignore[arg-type]
+        grad_output=given.grad_output.double(),
+    )
+    theirs = second_gradients(pytorch, case, exact)
+    for actual, wanted in zip(ours, theirs, strict=True):
+        assert actual.dtype == case.dtype
+        error = (actual.double() - wanted).norm() / wanted.norm()
+        assert error <= limit
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def generator() -> nn.Module:
+    """DCGAN's, small: the transposed convolutions before a norm have no bias."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(16, 16, 4, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 8, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, (3, 5), stride=(2, 3), padding=(1, 2), groups=4, dilation=(2, 1)),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 3, 2, stride=2, output_padding=1),
+        nn.Tanh(),
+    )
+
+
+def train(model: nn.Module, steps: int) -> list[float]:
+    draw = torch.Generator("cuda").manual_seed(5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        noise = torch.randn(4, 16, 1, 1, device="cuda", dtype=torch.float64, generator=draw)
+        image = model(noise)
+        loss = (image - 0.3).square().mean()
+        losses.append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return [float(loss) for loss in losses]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_generator_trains_as_with_pytorch(memory_format: torch.memory_format) -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(3)
+    theirs = generator().to("cuda", torch.float64).to(memory_format=memory_format)
+    ours = copy.deepcopy(theirs)
+    assert len(dgrad.convert(ours)) == 4
+    wanted = train(theirs, 20)
+    with dgrad.flags(fallback="error"):
+        actual = train(ours, 20)
+    assert wanted[-1] < 0.7 * wanted[0], "the training teaches nothing"
+    assert actual == pytest.approx(wanted, rel=1e-9)
+    for name, parameter in theirs.named_parameters():
+        difference = (ours.get_parameter(name) - parameter).abs().max()
+        assert difference <= 1e-9, name
+
+
+# --- autocast and gradient scaling --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16", "float64"])
+def test_autocast_gives_pytorchs_dtypes_and_values(precision: str, half: torch.dtype) -> None:
+    case = Case(n=2, c_in=16, c_out=16, stride=(2, 2), precision=precision)
+    given = arguments(case)
+    if precision != "float64":  # autocast leaves float64 alone
+        given = replace(given, grad_output=given.grad_output.to(half))
+    with torch.autocast("cuda", dtype=half):
+        theirs = pytorch_results(case, given)
+        with dgrad.flags(fallback="error"):
+            ours = results(dgrad.conv_transpose2d, case, given)
+    rounding = max(2 * torch.finfo(theirs["output"].dtype).eps, 1e-12)
+    for name, actual in ours.items():
+        assert actual.dtype == theirs[name].dtype, name
+        assert actual.stride() == theirs[name].stride(), name
+        wanted = theirs[name].double()
+        assert (actual.double() - wanted).norm() <= rounding * wanted.norm(), name
+
+
+def test_autocast_lets_mixed_dtypes_in_as_pytorch_does() -> None:
+    x = torch.randn(2, 8, 5, 5, device="cuda", dtype=torch.float16)
+    w = torch.randn(8, 4, 3, 3, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        actual, wanted = dgrad.conv_transpose2d(x, w), pytorch(x, w)
+    assert actual.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=1e-3)
+
+
+def test_autocast_that_is_off_again_changes_nothing() -> None:
+    case = Case(c_in=8, c_out=8)
+    given = arguments(case)
+    wanted = expected(case, given)
+    with torch.autocast("cuda", dtype=torch.float16):
+        dgrad.conv_transpose2d(given.input, given.weight)
+        with torch.autocast("cuda", enabled=False), dgrad.flags(allow_tf32=False):
+            inner = results(dgrad.conv_transpose2d, case, given)
+    for name, actual in inner.items():
+        assert_close(actual, wanted[name], case.tolerance, name)
+
+
+def scaled_step(model: nn.Module) -> tuple[float, float]:
+    """One step with a GradScaler under autocast; the loss and the scale after it."""
+    draw = torch.Generator("cuda").manual_seed(7)
+    noise = torch.randn(8, 16, 1, 1, device="cuda", generator=draw)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    with torch.autocast("cuda", dtype=torch.float16):
+        image = model(noise)
+        loss = (image.float() - 0.3).square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return float(loss.detach()), scaler.get_scale()
+
+
+def test_a_step_with_a_gradient_scaler_is_pytorchs_step() -> None:
+    torch.manual_seed(3)
+    theirs = generator().to("cuda")
+    ours = copy.deepcopy(theirs)
+    start = copy.deepcopy(theirs)
+    dgrad.convert(ours)
+    wanted_loss, wanted_scale = scaled_step(theirs)
+    with dgrad.flags(fallback="error"):
+        loss, scale = scaled_step(ours)
+    assert loss == pytest.approx(wanted_loss, rel=1e-2)
+    assert scale == wanted_scale == 1024.0, "a gradient was not finite"
+    for name, parameter in theirs.named_parameters():
+        before = start.get_parameter(name)
+        step, wanted = ours.get_parameter(name) - before, parameter - before
+        assert wanted.norm() > 0, name
+        assert (step - wanted).norm() <= 0.1 * wanted.norm(), name
+
+
+def test_a_gradient_that_overflows_skips_the_step() -> None:
+    layer = dgrad.ConvTranspose2d(4, 4, 3, device="cuda")
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    with torch.autocast("cuda", dtype=torch.float16):
+        loss = layer(torch.ones(1, 4, 8, 8, device="cuda")).float().sum()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(layer.weight, before)
+    assert scaler.get_scale() < 2.0**40

@@ -1,0 +1,586 @@
+"""Streams, graphs, threads, devices, memory, repeated calls and the end of the process."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dgrad
+from dgrad import _loader
+from reference import Arguments, Case, arguments, assert_close, expected, pytorch, results
+
+pytestmark = pytest.mark.gpu
+
+PLAIN = Case(n=2, c_in=16, c_out=16, size=(12, 12), stride=(2, 2), padding=(1, 1))
+_MIB = 2**20
+_GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _strict_and_never_pytorch() -> Iterator[None]:
+    with dgrad.flags(allow_tf32=False, fallback="error"):
+        yield
+
+
+def forward(case: Case, given: Arguments) -> Tensor:
+    with torch.no_grad():
+        return dgrad.conv_transpose2d(given.input, given.weight, given.bias, **case.options)
+
+
+def check(case: Case, given: Arguments, found: dict[str, Tensor]) -> None:
+    wanted = expected(case, given)
+    for name, actual in found.items():
+        assert_close(actual, wanted[name], case.tolerance, f"{name} of {case}")
+
+
+# --- processes that end, and compare: started at once, because each takes seconds ----------------
+
+_USE = """
+import gc, threading
+import torch, dgrad
+
+def use(device="cuda"):
+    layer = dgrad.ConvTranspose2d(8, 8, 3, stride=2, device=device)
+    with dgrad.flags(fallback="error"):
+        y = layer(torch.randn(2, 8, 9, 9, device=device, requires_grad=True))
+        y.square().sum().backward()
+    assert layer.weight.grad.isfinite().all()
+    return layer, y
+"""
+_ENDINGS = {
+    "after use in the main thread": "use()",
+    "after import alone": "",
+    "with layer, output and graph kept in globals": "kept = use(); more = dgrad.plan_cache",
+    "after del and gc": "kept = use(); del kept; gc.collect(); dgrad.plan_cache.clear()",
+    "after a thread that ended": """
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+        """,
+    "with a daemon thread that is still alive": """
+        used = threading.Event()
+
+        def work():
+            kept = use()
+            used.set()
+            threading.Event().wait()
+
+        threading.Thread(target=work, daemon=True).start()
+        assert used.wait(60)
+        """,
+    "with PyTorch's cuDNN used before and after": """
+        x, w = torch.randn(2, 8, 9, 9, device="cuda"), torch.randn(8, 8, 3, 3, device="cuda")
+        torch.nn.functional.conv_transpose2d(x, w)
+        kept = use()
+        torch.nn.functional.conv2d(x, w)
+        """,
+    "with work still queued": """
+        layer = dgrad.ConvTranspose2d(64, 64, 3, device="cuda")
+        x = torch.randn(8, 64, 256, 256, device="cuda")
+        for _ in range(20):
+            y = layer(x)
+        """,
+    "with plans in a cache of its own": """
+        from dgrad import _call, planner
+        import dgrad.functional
+        use()
+        kept = dict(dgrad.plan_cache._entries)
+        import sys
+        sys.kept = kept
+        """,
+    "by an exception that is caught at the top": """
+        kept = use()
+        import sys
+        sys.exit(0)
+        """,
+}
+_MODEL = """
+import torch
+
+class Model(torch.nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.up = torch.nn.ConvTranspose2d(channels, 8, 4, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.up(x)
+
+def get_inputs():
+    return [torch.rand(2, 8, 32, 32)]
+
+def get_init_inputs():
+    return [8]
+"""
+
+
+class Processes:
+    """Python processes that find the packages that this one finds."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, subprocess.Popen[str]] = {}
+
+    def start(self, name: str, *words: str) -> None:
+        self._running[name] = subprocess.Popen(
+            [sys.executable, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            text=True,
+        )
+
+    def finish(self, name: str) -> tuple[int, str, str]:
+        process = self._running[name]
+        out, err = process.communicate(timeout=180)
+        return process.returncode, out, err
+
+    def end(self) -> None:
+        for process in self._running.values():
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    started = Processes()
+    for name, ending in _ENDINGS.items():
+        started.start(name, "-c", _USE + textwrap.dedent(ending))
+    model = tmp_path_factory.mktemp("compare") / "model.py"
+    model.write_text(_MODEL)
+    started.start("compare", "-m", "dgrad", "compare", str(model), "--json", "--budget", "0.2")
+    yield started
+    started.end()
+
+
+@pytest.mark.parametrize("ending", _ENDINGS)
+def test_the_process_ends_cleanly(ending: str, processes: Processes) -> None:
+    code, out, err = processes.finish(ending)
+    assert (code, out, err) == (0, "", "")
+
+
+def test_compare_runs_on_the_gpu(processes: Processes) -> None:
+    code, out, err = processes.finish("compare")
+    assert code == 0, err
+    told: dict[str, Any] = json.loads(out)
+    assert told["equal"] is True
+    assert told["max_abs_diff"] <= 1e-4
+    for name in ("pytorch_ms", "pytorch_benchmark_ms", "dgrad_ms", "ratio"):
+        assert told[name] > 0
+    best_ms = min(told["pytorch_ms"], told["pytorch_benchmark_ms"])
+    assert told["ratio"] == pytest.approx(best_ms / told["dgrad_ms"])
+    assert any("legacy:" in line for line in told["selected"])
+
+
+# --- streams ------------------------------------------------------------------------------------
+
+
+def test_work_goes_to_the_current_stream() -> None:
+    """The input gets its value late on this stream; who runs elsewhere reads the old one."""
+    given = arguments(PLAIN)
+    value = given.input.detach().clone()
+    results(dgrad.conv_transpose2d, PLAIN, given)
+    wanted = expected(PLAIN, given)
+    stream = torch.cuda.Stream()
+    with torch.no_grad():
+        given.input.fill_(float("nan"))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        with torch.no_grad():
+            given.input.copy_(value)
+        output = forward(PLAIN, given)
+        assert not stream.query(), "the sleep was too short to tell"
+    stream.synchronize()
+    assert_close(output, wanted["output"], PLAIN.tolerance, "output on a side stream")
+
+
+def test_streams_in_turn_and_their_gradients() -> None:
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for round_ in range(3):
+        for index, stream in enumerate(streams):
+            case = replace(PLAIN, seed=10 * round_ + index)
+            given = arguments(case)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                found = results(dgrad.conv_transpose2d, case, given)
+            torch.cuda.current_stream().wait_stream(stream)
+            check(case, given, found)
+
+
+def warm_up(work: Callable[[], Any]) -> None:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "float16", "bfloat16"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_a_captured_graph_replays_with_new_values(layout: str, precision: str) -> None:
+    case = replace(PLAIN, precision=precision, layout=layout, weight_layout=layout)
+    given = arguments(case)
+    with dgrad.flags(allow_tf32=precision == "tf32"):
+        warm_up(lambda: forward(case, given))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = forward(case, given)
+    for seed in (1, 2):
+        new = arguments(replace(case, seed=seed))
+        with torch.no_grad():
+            given.input.copy_(new.input)
+            given.weight.copy_(new.weight)
+            output.fill_(float("nan"))
+        # Other work may not disturb the graph's workspace.
+        torch.full((1 << 22,), float("nan"), device="cuda")
+        graph.replay()
+        wanted = expected(case, replace(new, bias=given.bias))
+        assert_close(output, wanted["output"], case.tolerance, f"replay of {case}")
+
+
+def test_a_captured_training_step_replays() -> None:
+    given = arguments(PLAIN)
+
+    def step() -> list[Tensor]:
+        return list(results(dgrad.conv_transpose2d, PLAIN, given).values())
+
+    warm_up(step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    new = arguments(replace(PLAIN, seed=1))
+    with torch.no_grad():
+        given.input.copy_(new.input)
+        given.grad_output.copy_(new.grad_output)
+        for tensor in found:
+            tensor.fill_(float("nan"))
+    graph.replay()
+    wanted = expected(PLAIN, given)
+    for actual, name in zip(found, wanted, strict=True):
+        assert_close(actual, wanted[name], PLAIN.tolerance, f"replayed {name}")
+
+
+# --- threads ------------------------------------------------------------------------------------
+
+
+def at_once(works: Sequence[Callable[[], None]]) -> None:
+    """Run each in a thread of its own, all released together; the first failure is raised."""
+    barrier = threading.Barrier(len(works))
+    failures: list[BaseException] = []
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            barrier.wait(60)
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@pytest.mark.parametrize("own_streams", [False, True])
+@pytest.mark.parametrize("same_shapes", [True, False])
+def test_eight_threads_at_once(same_shapes: bool, own_streams: bool) -> None:
+    def work_of(index: int) -> Callable[[], None]:
+        case = replace(PLAIN, seed=index)
+        if not same_shapes:
+            case = replace(case, size=(8 + index, 12), c_out=8 * (index + 1))
+        given = arguments(case)
+        wanted = expected(case, given)
+        torch.cuda.synchronize()
+
+        def work() -> None:
+            stream = torch.cuda.Stream() if own_streams else torch.cuda.current_stream()
+            for _ in range(10):
+                with torch.cuda.stream(stream):
+                    found = results(dgrad.conv_transpose2d, case, given)
+                stream.synchronize()
+                for name, actual in found.items():
+                    assert_close(actual, wanted[name], case.tolerance, f"{name} of {case}")
+
+        return work
+
+    dgrad.plan_cache.clear()
+    at_once([work_of(index) for index in range(8)])
+
+
+def test_threads_while_the_cache_is_cleared_and_shrunk() -> None:
+    stop = threading.Event()
+    given = [arguments(replace(PLAIN, size=(5 + i, 6))) for i in range(4)]
+    wanted = [forward(PLAIN, one) for one in given]
+
+    def disturb() -> None:
+        while not stop.wait(0.001):
+            dgrad.plan_cache.max_size = 1
+            dgrad.plan_cache.clear()
+            dgrad.plan_cache.max_size = 1024
+
+    def work(index: int) -> None:
+        for _ in range(100):
+            torch.testing.assert_close(
+                forward(PLAIN, given[index]), wanted[index], rtol=1e-3, atol=1e-3
+            )
+
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    try:
+        at_once([lambda i=i: work(i) for i in range(4)])  # type: ignore[misc]
+    finally:
+        stop.set()
+        disturber.join()
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two_devices
+def test_the_tensors_device_need_not_be_the_current_one() -> None:
+    torch.cuda.set_device(0)
+    given = arguments(PLAIN, "cuda:1")
+    allocated = torch.cuda.memory_allocated(0)
+    found = results(dgrad.conv_transpose2d, PLAIN, given)
+    assert torch.cuda.current_device() == 0
+    assert torch.cuda.memory_allocated(0) == allocated
+    assert all(tensor.device == torch.device("cuda:1") for tensor in found.values())
+    check(PLAIN, given, found)
+
+
+@two_devices
+def test_two_devices_in_turn_and_at_once() -> None:
+    def work_on(device: str) -> Callable[[], None]:
+        def work() -> None:
+            for seed in range(5):
+                case = replace(PLAIN, seed=seed)
+                given = arguments(case, device)
+                check(case, given, results(dgrad.conv_transpose2d, case, given))
+
+        return work
+
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        work_on(device)()
+    at_once([work_on(f"cuda:{index % 2}") for index in range(4)])
+
+
+@two_devices
+def test_tensors_on_two_devices_are_refused() -> None:
+    x, w = torch.randn(1, 2, 3, 3, device="cuda:0"), torch.randn(2, 2, 3, 3, device="cuda:1")
+    with pytest.raises(RuntimeError, match="weight is on cuda:1"):
+        dgrad.conv_transpose2d(x, w)
+
+
+# --- large tensors ------------------------------------------------------------------------------
+
+
+def need_memory(count_bytes: int) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < count_bytes:
+        pytest.skip(f"needs {count_bytes / _GIB:.0f} GiB of free GPU memory")
+
+
+class TestMoreThan2To31Elements:
+    """33 images of 2^26 elements: cuDNN takes 31 of them in one call."""
+
+    IMAGES, STEP = 33, 31
+
+    @pytest.fixture(scope="class")
+    def tensors(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        need_memory(32 * _GIB)
+        torch.manual_seed(0)
+        options = {"device": "cuda", "dtype": torch.float16}
+        x = torch.randn(self.IMAGES, 8, 512, 512, **options)
+        w = torch.randn(8, 64, 2, 2, **options)
+        # Small, so that a sum over all images stays in float16's range.
+        grad = torch.randn(self.IMAGES, 64, 1024, 1024, **options) / 8
+        yield x, w, grad
+        del x, w, grad
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def test_the_output_is_that_of_the_parts(self, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, w, _ = tensors
+        with torch.no_grad(), dgrad.flags(deterministic=True):
+            output = dgrad.conv_transpose2d(x, w, stride=2)
+            assert output.numel() > 2**31
+            for start in (0, self.STEP):
+                part = dgrad.conv_transpose2d(x[start : start + self.STEP], w, stride=2)
+                assert torch.equal(output[start : start + self.STEP], part)
+            # Each output has one tap: a matrix product for each of the four.
+            last = x[-1].double().flatten(1)
+            for r, s in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                wanted = (w[:, :, r, s].double().T @ last).view(64, 512, 512)
+                error = (output[-1, :, r::2, s::2].double() - wanted).norm() / wanted.norm()
+                assert error < 2e-3
+
+    def test_the_inputs_gradient_is_that_of_the_parts(
+        self, tensors: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, w, grad = tensors
+        with dgrad.flags(deterministic=True):
+            whole = grad_input(x, w, grad)
+            for start in (0, self.STEP):
+                stop = start + self.STEP
+                part = grad_input(x[start:stop], w, grad[start:stop])
+                assert torch.equal(whole[start:stop], part)
+
+    def test_the_weights_gradient_is_the_sum_over_the_parts(
+        self, tensors: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, w, grad = tensors
+        leaf = w.detach().requires_grad_()
+        output = dgrad.conv_transpose2d(x, leaf, stride=2)
+        (actual,) = torch.autograd.grad(output, [leaf], grad)
+        del output
+        wanted = torch.zeros(8, 64, 2, 2, device="cuda", dtype=torch.float64)
+        for image, gradient in zip(x, grad, strict=True):
+            rows = image.float().flatten(1)
+            for r, s in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                columns = gradient[:, r::2, s::2].float().flatten(1)
+                wanted[:, :, r, s] += (rows @ columns.T).double()
+        assert (actual.double() - wanted).norm() <= 2e-3 * wanted.norm()
+
+
+def grad_input(x: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    (found,) = torch.autograd.grad(dgrad.conv_transpose2d(leaf, w, stride=2), [leaf], grad)
+    return found
+
+
+def test_one_image_that_is_too_large_is_refused_in_words() -> None:
+    allocated = torch.cuda.memory_allocated()
+    # Expanded: 2^30 elements that take no memory.
+    x = torch.ones(1, device="cuda", dtype=torch.float16).expand(2, 1, 2**15, 2**15)
+    w = torch.ones(1, 2, 1, 1, device="cuda", dtype=torch.float16)
+    with pytest.raises(dgrad.NotSupportedError, match="one image of the output has 2147483648"):
+        dgrad.conv_transpose2d(x, w)
+    del x, w
+    assert torch.cuda.memory_allocated() <= allocated + _MIB
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_host_memory_is_bounded_over_many_shapes() -> None:
+    dgrad.plan_cache.clear()
+    dgrad.plan_cache.max_size = 64
+    w = torch.randn(4, 4, 3, 3, device="cuda")
+    shapes = [(height, width) for height in range(2, 42) for width in range(2, 27)]
+    assert len(shapes) == 1000
+    sizes = []
+    with torch.no_grad():
+        for index, (height, width) in enumerate(shapes):
+            dgrad.conv_transpose2d(torch.ones(1, 4, height, width, device="cuda"), w, stride=2)
+            assert dgrad.plan_cache.size <= 64
+            if index % 100 == 99:
+                gc.collect()
+                sizes.append(resident_bytes())
+    grown = sizes[-1] - sizes[2]  # over the last 700 shapes
+    assert grown < 48 * _MIB, [f"{size / _MIB:.0f} MiB" for size in sizes]
+
+
+def test_device_memory_returns_to_the_allocator() -> None:
+    given = arguments(PLAIN)
+    results(dgrad.conv_transpose2d, PLAIN, given)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for layout in ("nchw", "channels_last", "slice"):
+        for precision in ("tf32", "float16"):
+            case = replace(PLAIN, layout=layout, precision=precision, dilation=(3, 1))
+            with dgrad.flags(allow_tf32=True):
+                results(dgrad.conv_transpose2d, replace(case, output_padding=(2, 1)), _fresh(case))
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+def _fresh(case: Case) -> Arguments:
+    return arguments(replace(case, output_padding=(2, 1)))
+
+
+def test_an_error_holds_no_device_memory() -> None:
+    given = arguments(PLAIN)
+    forward(PLAIN, given)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        with (
+            dgrad.flags(algorithm="legacy:ALGO_99"),
+            pytest.raises(dgrad.NotSupportedError),
+        ):
+            forward(PLAIN, given)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+# --- repeated calls -----------------------------------------------------------------------------
+
+
+def test_a_repeated_call_asks_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = arguments(PLAIN)
+    first = results(dgrad.conv_transpose2d, PLAIN, given)
+    forward(PLAIN, given)
+    cache = dgrad.plan_cache
+    hits, misses = cache.hits, cache.misses
+
+    def refuse() -> None:
+        raise AssertionError("a repeated call makes descriptors or asks cuDNN something")
+
+    monkeypatch.setattr(_loader, "require", refuse)
+    forward(PLAIN, given)
+    assert cache.hits > hits
+    again = results(dgrad.conv_transpose2d, PLAIN, given)
+    assert cache.misses == misses
+    for name, tensor in again.items():
+        torch.testing.assert_close(tensor, first[name], rtol=1e-4, atol=1e-3)
+    with pytest.raises(AssertionError, match="makes descriptors"):
+        forward(PLAIN, arguments(replace(PLAIN, size=(13, 12))))
+
+
+def test_the_same_shape_at_other_addresses_is_a_hit() -> None:
+    forward(PLAIN, arguments(PLAIN))
+    misses = dgrad.plan_cache.misses
+    for seed in range(1, 4):
+        case = replace(PLAIN, seed=seed)
+        given = arguments(case)
+        check(case, given, {"output": forward(case, given)})
+    assert dgrad.plan_cache.misses == misses
+
+
+def test_a_call_between_pytorchs_own_calls_changes_neither() -> None:
+    """Both use cuDNN on the same stream, each with a handle of its own."""
+    given = arguments(PLAIN)
+    with torch.no_grad():
+        theirs = pytorch(given.input, given.weight, given.bias, **PLAIN.options)
+        for _ in range(3):
+            ours = forward(PLAIN, given)
+            again = pytorch(given.input, given.weight, given.bias, **PLAIN.options)
+            assert torch.equal(theirs, again)
+    check(PLAIN, given, {"output": ours})

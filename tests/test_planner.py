@@ -1,0 +1,568 @@
+"""The policy: which candidate runs, what is said of the others, and what is remembered.
+
+cuDNN's part is played by a fake: its answers are the premise here, not what is tested.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import dgrad
+from dgrad import config, planner
+from dgrad._geometry import Geometry, Pair, output_size
+from dgrad.exceptions import CudnnError, TorchOutOfMemoryError, cudnn_error
+from dgrad.planner import Runner
+from dgrad.selection import Candidate, Selection, format_bytes, reasons_table, reproduction
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class FakeProblem:
+    """The fields of dgrad._core.Problem."""
+
+    direction: str = "dgrad"
+    dtype: str = "float32"
+    tf32: bool = True
+    layout: str = "nchw"
+    x: tuple[int, ...] = (1, 2, 7, 7)
+    w: tuple[int, ...] = (4, 2, 3, 3)
+    y: tuple[int, ...] = (1, 4, 3, 3)
+    padding: Pair = (0, 0)
+    stride: Pair = (2, 2)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    alignment: int = 16
+    device: int = 0
+
+
+@dataclass
+class FakeResult:
+    algorithm: str
+    math_type: str = "DEFAULT_MATH"
+    deterministic: bool = True
+    workspace_bytes: int = 0
+    rejected: str = ""
+
+
+class FakePlan:
+    def __init__(self, core: FakeCore, name: str, workspace_bytes: int) -> None:
+        self.core, self.name, self.workspace_bytes = core, name, workspace_bytes
+
+    def execute(self, x: int, w: int, y: int, workspace: int, stream: int) -> None:
+        self.core.attempts.append(self.name)
+        if self.name in self.core.failing:
+            raise self.core.failing[self.name]
+        assert bool(workspace) is bool(self.workspace_bytes)
+        self.core.ran.append((self.name, x, w, y, stream))
+
+
+class FakeCore:
+    """Answers like the native module, and notes what it is asked."""
+
+    def __init__(self, *results: FakeResult) -> None:
+        self.results: list[FakeResult] | CudnnError = list(results)
+        self.failing: dict[str, Exception] = {}  # by algorithm: raised when it runs
+        self.unplannable: dict[str, Exception] = {}  # by algorithm: raised when it is planned
+        self.true_workspace_bytes: dict[str, int] = {}  # where the heuristic's number is wrong
+        self.free_bytes = 2**40
+        self.heuristics = 0
+        self.planned: list[tuple[str, str]] = []
+        self.attempts: list[str] = []
+        self.ran: list[tuple[str, int, int, int, int]] = []
+
+    def legacy_algorithms(self, direction: str) -> list[str]:
+        return ["ALGO_0", "ALGO_1"]
+
+    def legacy_heuristic(self, problem: FakeProblem) -> list[FakeResult]:
+        self.heuristics += 1
+        if isinstance(self.results, CudnnError):
+            raise self.results
+        return self.results
+
+    def legacy_plan(self, problem: FakeProblem, algorithm: str, math_type: str) -> FakePlan:
+        self.planned.append((algorithm, math_type))
+        if algorithm in self.unplannable:
+            raise self.unplannable[algorithm]
+        assert isinstance(self.results, list)
+        estimated = next(
+            result.workspace_bytes
+            for result in self.results
+            if (result.algorithm, result.math_type) == (algorithm, math_type)
+        )
+        return FakePlan(self, algorithm, self.true_workspace_bytes.get(algorithm, estimated))
+
+    def empty(self, size: int, **options: Any) -> Any:
+        assert options == {"dtype": torch.uint8, "device": "cuda:0"}
+        if size > self.free_bytes:
+            raise TorchOutOfMemoryError(f"CUDA out of memory. Tried to allocate {size}.\nAnd so on")
+        return SimpleNamespace(data_ptr=lambda: 4096)
+
+
+Start = Callable[..., FakeCore]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Puts a fake with these results in place of cuDNN."""
+
+    def put(*results: FakeResult) -> FakeCore:
+        core = FakeCore(*results)
+        monkeypatch.setattr(planner, "_loader", SimpleNamespace(require=lambda: core))
+        driver = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 77)
+        fake_torch = SimpleNamespace(empty=core.empty, uint8=torch.uint8, _C=driver)
+        monkeypatch.setattr(planner, "torch", fake_torch)
+        return core
+
+    dgrad.plan_cache.clear()
+    yield put
+    dgrad.plan_cache.clear()
+
+
+def run(problem: FakeProblem | None = None, **flags: Any) -> None:
+    with dgrad.flags(**flags):
+        Runner(problem or FakeProblem(), config.policy()).run(1, 2, 3)  # type: ignore[arg-type]
+
+
+def refused(problem: FakeProblem | None = None, **flags: Any) -> str:
+    with pytest.raises(dgrad.NotSupportedError) as caught:
+        run(problem, **flags)
+    assert type(caught.value) is dgrad.NotSupportedError
+    return str(caught.value)
+
+
+def names(core: FakeCore) -> list[str]:
+    return [name for name, *_ in core.ran]
+
+
+def test_the_first_in_cudnns_order_runs(start: Start) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"), FakeResult("FFT"))
+    run()
+    assert core.ran == [("ALGO_1", 1, 2, 3, 77)]
+    assert core.planned == [("ALGO_1", "DEFAULT_MATH")]
+
+
+def test_a_workspace_is_had_from_the_allocator(start: Start) -> None:
+    core = start(FakeResult("ALGO_1", workspace_bytes=MIB))
+    run()
+    assert names(core) == ["ALGO_1"]
+
+
+def test_a_runner_plans_once_and_runs_often(start: Start) -> None:
+    core = start(FakeResult("ALGO_1"))
+    runner = Runner(FakeProblem(), config.policy())  # type: ignore[arg-type]
+    for _ in range(3):
+        runner.run(1, 2, 3)
+    assert len(core.planned) == 1
+    assert len(core.ran) == 3
+
+
+def test_cudnn_is_asked_once_for_each_problem(start: Start) -> None:
+    core = start(FakeResult("ALGO_1"))
+    for _ in range(3):
+        run()
+        run(deterministic=True)
+    assert core.heuristics == 1
+    run(FakeProblem(groups=2))
+    assert core.heuristics == 2
+    dgrad.plan_cache.clear()
+    run()
+    assert core.heuristics == 3
+
+
+def test_what_cudnn_rejects_does_not_run(start: Start) -> None:
+    core = start(FakeResult("FFT", rejected="CUDNN_STATUS_NOT_SUPPORTED"), FakeResult("ALGO_0"))
+    run()
+    assert names(core) == ["ALGO_0"]
+
+
+def test_deterministic_forbids_what_is_not(start: Start) -> None:
+    core = start(FakeResult("ALGO_0", deterministic=False), FakeResult("ALGO_1"))
+    run(deterministic=False)
+    run(deterministic=True)
+    run(deterministic=False)
+    assert names(core) == ["ALGO_0", "ALGO_1", "ALGO_0"]
+
+
+def test_the_workspace_limit_forbids_what_takes_more(start: Start) -> None:
+    core = start(
+        FakeResult("FFT", workspace_bytes=2 * MIB),
+        FakeResult("ALGO_1", workspace_bytes=MIB),
+        FakeResult("ALGO_0"),
+    )
+    for limit in (None, 2 * MIB, 2 * MIB - 1, MIB, MIB - 1, 0):
+        run(workspace_limit=limit)
+    assert names(core) == ["FFT", "FFT", "ALGO_1", "ALGO_1", "ALGO_0", "ALGO_0"]
+
+
+def test_the_limit_holds_for_the_true_workspace_and_not_the_estimate(start: Start) -> None:
+    core = start(FakeResult("FFT", workspace_bytes=10), FakeResult("ALGO_0"))
+    core.true_workspace_bytes["FFT"] = 3 * MIB
+    run(workspace_limit=MIB)
+    assert names(core) == ["ALGO_0"]
+    run(workspace_limit=3 * MIB)
+    assert names(core) == ["ALGO_0", "FFT"]
+    text = refused(workspace_limit=MIB, algorithm="legacy:FFT")
+    assert "its workspace of 3.0 MiB is over workspace_limit 1.0 MiB" in text
+
+
+@pytest.mark.parametrize(
+    "math_type", ["DEFAULT_MATH", "TENSOR_OP_MATH", "TENSOR_OP_MATH_ALLOW_CONVERSION"]
+)
+def test_strict_float32_runs_in_no_other_math_type_than_fma(start: Start, math_type: str) -> None:
+    strict = FakeProblem(tf32=False)
+    core = start(FakeResult("ALGO_1", math_type), FakeResult("ALGO_0", "FMA_MATH"))
+    run(strict)
+    assert core.planned == [("ALGO_0", "FMA_MATH")]
+    start(FakeResult("ALGO_1", math_type))
+    dgrad.plan_cache.clear()
+    assert "it may round float32" in refused(strict)
+
+
+def test_float32_is_never_converted_to_half_precision(start: Start) -> None:
+    core = start(
+        FakeResult("ALGO_1", "TENSOR_OP_MATH_ALLOW_CONVERSION"),
+        FakeResult("ALGO_1", "TENSOR_OP_MATH"),
+    )
+    run(FakeProblem(tf32=True))
+    assert core.planned == [("ALGO_1", "TENSOR_OP_MATH")]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_other_types_run_in_any_math_type(start: Start, dtype: str) -> None:
+    core = start(FakeResult("ALGO_1", "TENSOR_OP_MATH"), FakeResult("ALGO_0", "FMA_MATH"))
+    run(FakeProblem(dtype=dtype, tf32=False))
+    assert core.planned == [("ALGO_1", "TENSOR_OP_MATH")]
+
+
+def test_a_forced_algorithm_runs(start: Start) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
+    run(algorithm="legacy:ALGO_0")
+    assert names(core) == ["ALGO_0"]
+
+
+def test_a_forced_algorithm_holds_for_its_direction_alone(start: Start) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
+    run(FakeProblem(direction="wgrad"), algorithm="legacy:ALGO_0")
+    run(FakeProblem(direction="wgrad"), algorithm={"wgrad": "legacy:ALGO_0"})
+    assert names(core) == ["ALGO_1", "ALGO_0"]
+
+
+def test_a_forced_algorithm_that_is_not_usable_raises_with_all_reasons(start: Start) -> None:
+    core = start(
+        FakeResult("ALGO_1"),
+        FakeResult("FFT", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
+        FakeResult("ALGO_0", deterministic=False, math_type="TENSOR_OP_MATH"),
+    )
+    problem = FakeProblem()
+    text = refused(problem, algorithm="legacy:FFT")
+    assert core.ran == []
+    assert f"no usable candidate for {problem}" in text
+    reasons = {line.split()[0]: line for line in text.splitlines() if "legacy:" in line[:10]}
+    assert set(reasons) == {"legacy:ALGO_1", "legacy:FFT", "legacy:ALGO_0"}
+    assert "algorithm='legacy:FFT' is asked for" in reasons["legacy:ALGO_1"]
+    assert "algorithm='legacy:FFT' is asked for" in reasons["legacy:ALGO_0"]
+    assert "cuDNN's heuristic says CUDNN_STATUS_NOT_SUPPORTED" in reasons["legacy:FFT"]
+    snippet = text.partition("To reproduce:\n\n")[2]
+    compile(snippet, "snippet", "exec")
+    assert "algorithm={'dgrad': 'legacy:FFT'}" in snippet
+    assert "fallback='error'" in snippet
+    run(problem)
+    assert names(core) == ["ALGO_1"]
+
+
+def test_an_unknown_algorithm_raises_with_those_there_are(start: Start) -> None:
+    start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
+    text = refused(algorithm="graph:eng17")
+    assert "legacy:ALGO_1" in text
+    assert "legacy:ALGO_0" in text
+
+
+def test_the_flags_in_force_are_in_the_snippet(start: Start) -> None:
+    start(FakeResult("ALGO_1", workspace_bytes=MIB), FakeResult("ALGO_0", deterministic=False))
+    text = refused(deterministic=True, workspace_limit=1000)
+    assert "it is not deterministic" in text
+    assert "its workspace of 1.0 MiB is over workspace_limit 1000 B" in text
+    assert "allow_tf32=True, deterministic=True, workspace_limit=1000, fallback='error'" in text
+
+
+def test_where_cudnn_offers_nothing_the_error_says_so(start: Start) -> None:
+    start()
+    assert "(cuDNN offers none)" in refused()
+
+
+def test_a_failing_heuristic_is_the_reason_of_all(start: Start) -> None:
+    core = start()
+    core.results = cudnn_error(3000, "cudnnGet returned 3000", "cudnnGet", "")
+    text = refused()
+    assert text.count("cudnnGet returned 3000") == 2
+    assert "legacy:ALGO_0" in text
+    assert "legacy:ALGO_1" in text
+
+
+NOT_SUPPORTED = cudnn_error(3000, "cudnnRun returned 3000: the why\nmore lines", "cudnnRun", "")
+
+
+@pytest.mark.parametrize("when", ["unplannable", "failing"])
+def test_an_algorithm_that_fails_is_not_tried_again(start: Start, when: str) -> None:
+    core = start(FakeResult("FFT"), FakeResult("ALGO_1"))
+    getattr(core, when)["FFT"] = NOT_SUPPORTED
+    for _ in range(3):
+        run()
+        run(deterministic=True)
+    assert names(core) == ["ALGO_1"] * 6
+    assert core.planned.count(("FFT", "DEFAULT_MATH")) == 1
+    assert core.attempts.count("FFT") == (when == "failing")
+    text = refused(algorithm="legacy:FFT")
+    assert "cudnnRun returned 3000: the why" in text
+    assert "more lines" not in text
+    assert core.planned.count(("FFT", "DEFAULT_MATH")) == 1
+
+
+def test_a_failure_on_one_thread_is_known_to_all(start: Start) -> None:
+    core = start(FakeResult("FFT"), FakeResult("ALGO_1"))
+    core.failing["FFT"] = NOT_SUPPORTED
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert core.attempts == ["FFT", "ALGO_1", "ALGO_1"]
+
+
+def test_an_algorithm_that_fails_later_is_replaced_in_the_same_runner(start: Start) -> None:
+    core = start(FakeResult("FFT"), FakeResult("ALGO_1"))
+    runner = Runner(FakeProblem(), config.policy())  # type: ignore[arg-type]
+    runner.run(1, 2, 3)
+    core.failing["FFT"] = NOT_SUPPORTED
+    runner.run(1, 2, 3)
+    assert names(core) == ["FFT", "ALGO_1"]
+
+
+def test_an_error_that_is_not_cudnns_is_passed_on(start: Start) -> None:
+    core = start(FakeResult("FFT"), FakeResult("ALGO_1"))
+    core.failing["FFT"] = KeyError("a bug")
+    with pytest.raises(KeyError):
+        run()
+
+
+def test_out_of_memory_lets_the_next_one_run(start: Start) -> None:
+    core = start(FakeResult("FFT", workspace_bytes=3 * MIB), FakeResult("ALGO_1"))
+    core.free_bytes = MIB
+    run()
+    run()
+    assert names(core) == ["ALGO_1"] * 2
+    assert core.planned.count(("FFT", "DEFAULT_MATH")) == 1
+
+
+def test_out_of_memory_for_all_is_told_apart(start: Start) -> None:
+    core = start(
+        FakeResult("FFT", workspace_bytes=3 * MIB),
+        FakeResult("WINOGRAD", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
+    )
+    core.free_bytes = MIB
+    with pytest.raises(dgrad.OutOfMemoryError) as caught:
+        run()
+    assert isinstance(caught.value, TorchOutOfMemoryError)
+    assert isinstance(caught.value, dgrad.NotSupportedError)
+    text = str(caught.value)
+    assert "dgrad is out of memory for" in text
+    assert "out of memory: no room for its workspace of 3.0 MiB: CUDA out of memory" in text
+    assert "And so on" not in text
+    assert "CUDNN_STATUS_NOT_SUPPORTED" in text
+
+
+def test_memory_that_was_freed_is_used_again(start: Start) -> None:
+    core = start(FakeResult("FFT", workspace_bytes=3 * MIB))
+    core.free_bytes = MIB
+    with pytest.raises(dgrad.OutOfMemoryError):
+        run()
+    core.free_bytes = 4 * MIB
+    run()
+    assert names(core) == ["FFT"]
+
+
+def test_what_the_flags_forbid_is_not_out_of_memory(start: Start) -> None:
+    core = start(
+        FakeResult("FFT", workspace_bytes=3 * MIB),
+        FakeResult("WINOGRAD", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
+        FakeResult("ALGO_0"),
+    )
+    core.free_bytes = MIB
+    run()
+    assert names(core) == ["ALGO_0"]
+    refused(algorithm="legacy:WINOGRAD")
+
+
+def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == level and r.name == "dgrad"]
+
+
+def test_a_selection_is_logged_once_for_each_problem_and_policy(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(FakeResult("ALGO_1", workspace_bytes=MIB), FakeResult("ALGO_0", deterministic=False))
+    problem = FakeProblem()
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        for _ in range(3):
+            run(problem)
+        (line,) = messages(caplog, logging.INFO)
+        for part in (
+            "legacy:ALGO_1 (DEFAULT_MATH)", str(problem), "workspace 1.0 MiB", "deterministic",
+            "source heuristic", "(1 of 2)", "cuDNN",
+        ):  # fmt: skip
+            assert part in line
+        run(problem, algorithm="legacy:ALGO_0")
+        run(problem, algorithm="legacy:ALGO_0")
+        forced = messages(caplog, logging.INFO)[1:]
+        assert len(forced) == 1
+        assert "legacy:ALGO_0" in forced[0]
+        assert "not deterministic, source forced (2 of 2)" in forced[0]
+        run(FakeProblem(groups=2))
+        assert len(messages(caplog, logging.INFO)) == 3
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert len(messages(caplog, logging.INFO)) == 3
+    assert not messages(caplog, logging.DEBUG)
+
+
+def test_debug_says_a_line_for_each_candidate(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = start(
+        FakeResult("FFT"),
+        FakeResult("WINOGRAD", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
+        FakeResult("ALGO_0", deterministic=False),
+        FakeResult("ALGO_1"),
+        FakeResult("FFT_TILING"),
+    )
+    core.failing["FFT"] = NOT_SUPPORTED
+    with caplog.at_level(logging.DEBUG, logger="dgrad"):
+        run(deterministic=True)
+    lines = messages(caplog, logging.DEBUG)
+    assert lines[0].startswith("rejected legacy:FFT (DEFAULT_MATH) for FakeProblem")
+    assert lines[1:] == [
+        "candidate legacy:FFT (DEFAULT_MATH): rejected: cudnnRun returned 3000: the why",
+        "candidate legacy:WINOGRAD (DEFAULT_MATH): rejected: cuDNN's heuristic says "
+        "CUDNN_STATUS_NOT_SUPPORTED",
+        "candidate legacy:ALGO_0 (DEFAULT_MATH): rejected: it is not deterministic, and "
+        "deterministic algorithms are asked for",
+        "candidate legacy:ALGO_1 (DEFAULT_MATH): chosen",
+        "candidate legacy:FFT_TILING (DEFAULT_MATH): later in cuDNN's order",
+    ]
+
+
+def test_nothing_is_formatted_where_nobody_listens(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(FakeResult("ALGO_1"))
+    monkeypatch.setattr(Selection, "__str__", lambda self: pytest.fail("it was formatted"))
+    run()
+
+
+CHOSEN = Candidate("legacy", "ALGO_1", "TENSOR_OP_MATH", True, 5 * MIB)
+OTHER = Candidate("legacy", "FFT", "DEFAULT_MATH", True, 0, rejected="it is broken")
+
+
+def test_a_selection_is_plain_data() -> None:
+    selection = Selection(FakeProblem(), CHOSEN, (OTHER, CHOSEN), ("it is broken", None), "forced")  # type: ignore[arg-type]
+    data = json.loads(json.dumps(selection.to_dict()))
+    assert data["problem"] == str(FakeProblem())
+    assert data["chosen"]["algorithm"] == "ALGO_1"
+    assert data["chosen"]["workspace_bytes"] == 5 * MIB
+    assert [entry["verdict"] for entry in data["candidates"]] == [
+        "rejected: it is broken", "chosen",
+    ]  # fmt: skip
+    assert data["source"] == "forced"
+    assert selection == replace(selection)
+
+
+def test_a_table_of_reasons_is_aligned() -> None:
+    lines = reasons_table([(CHOSEN, "too slow"), (OTHER, "it is broken")]).splitlines()
+    assert lines == [
+        "  legacy:ALGO_1 (TENSOR_OP_MATH)  too slow",
+        "  legacy:FFT (DEFAULT_MATH)       it is broken",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (MIB, "1.0 MiB"),
+        (2**30, "1.0 GiB"),
+        (4 * 2**30, "4.0 GiB"),
+        (2**40, "1024.0 GiB"),
+    ],
+)
+def test_bytes_are_written_as_people_read_them(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> FakeProblem:
+    def two(least: int, most: int) -> Pair:
+        return draw(st.tuples(st.integers(least, most), st.integers(least, most)))
+
+    stride, dilation, padding, size, kernel = two(1, 3), two(1, 3), two(0, 2), two(1, 4), two(1, 3)
+    # What the planner sees has output_padding < stride.
+    extra = (draw(st.integers(0, stride[0] - 1)), draw(st.integers(0, stride[1] - 1)))
+    groups, batch = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    channels = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    large = output_size(size, kernel, Geometry(padding, stride, dilation, groups), extra)
+    assume(min(large) >= 1)
+    dtype = draw(st.sampled_from(["float32", "float64", "bfloat16"]))
+    return FakeProblem(
+        direction=draw(st.sampled_from(["dgrad", "fprop", "wgrad"])),
+        dtype=dtype,
+        tf32=False,
+        layout=draw(st.sampled_from(["nchw", "nhwc"])),
+        x=(batch, channels[1] * groups, *large),
+        w=(channels[0] * groups, channels[1], *kernel),
+        y=(batch, channels[0] * groups, *size),
+        padding=padding,
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+        device=draw(st.integers(0, 3)),
+    )
+
+
+@settings(deadline=None, max_examples=50)
+@given(problems())
+def test_the_snippet_makes_the_same_call(problem: FakeProblem) -> None:
+    snippet = reproduction(problem, {"deterministic": True, "workspace_limit": 5})  # type: ignore[arg-type]
+    assert f'device="cuda:{problem.device}"' in snippet
+    assert "with dgrad.flags(deterministic=True, workspace_limit=5):" in snippet
+    assert ("backward()" in snippet) is (problem.direction != "dgrad")
+    # There is no GPU here, so the same lines run on the CPU.
+    variables: dict[str, Any] = {}
+    exec(snippet.replace(f"cuda:{problem.device}", "cpu"), variables)
+    x, w, y = (variables[name] for name in "xwy")
+    assert tuple(x.shape) == problem.y
+    assert tuple(w.shape) == problem.w
+    assert tuple(y.shape) == problem.x
+    assert y.dtype is getattr(torch, problem.dtype)
+    if problem.layout == "nhwc":
+        assert x.is_contiguous(memory_format=torch.channels_last)
+    geometry = Geometry(problem.padding, problem.stride, problem.dilation, problem.groups)
+    least = output_size(problem.y[2:], problem.w[2:], geometry, (0, 0))
+    extra = (problem.x[2] - least[0], problem.x[3] - least[1])
+    padding, stride, dilation, groups = geometry
+    assert torch.equal(y, F.conv_transpose2d(x, w, None, stride, padding, extra, groups, dilation))
