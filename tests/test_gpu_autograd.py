@@ -117,6 +117,7 @@ def test_only_needed_gradients_are_computed(
     assert given.bias.grad is not None
 
 
+@pytest.mark.xfail(reason="PyTorch does not tell a Python autograd.Function what is asked for")
 @pytest.mark.parametrize(("which", "direction"), [("input", "fprop"), ("weight", "wgrad")])
 def test_only_asked_gradients_are_computed(
     which: str, direction: str, monkeypatch: pytest.MonkeyPatch

@@ -401,33 +401,36 @@ def need_memory(count_bytes: int) -> None:
         pytest.skip(f"needs {count_bytes / _GIB:.0f} GiB of free GPU memory")
 
 
+# 33 images of 2^26 elements: cuDNN takes 31 of them in one call.
+IMAGES, STEP = 33, 31
+
+
+@pytest.fixture(scope="module")
+def large_tensors() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    need_memory(32 * _GIB)
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.float16}
+    x = torch.randn(IMAGES, 8, 512, 512, **options)
+    w = torch.randn(8, 64, 2, 2, **options)
+    # Small, so that a sum over all images stays in float16's range.
+    grad = torch.randn(IMAGES, 64, 1024, 1024, **options) / 8
+    yield x, w, grad
+    del x, w, grad
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 class TestMoreThan2To31Elements:
-    """33 images of 2^26 elements: cuDNN takes 31 of them in one call."""
-
-    IMAGES, STEP = 33, 31
-
-    @pytest.fixture(scope="class")
-    def tensors(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        need_memory(32 * _GIB)
-        torch.manual_seed(0)
-        options = {"device": "cuda", "dtype": torch.float16}
-        x = torch.randn(self.IMAGES, 8, 512, 512, **options)
-        w = torch.randn(8, 64, 2, 2, **options)
-        # Small, so that a sum over all images stays in float16's range.
-        grad = torch.randn(self.IMAGES, 64, 1024, 1024, **options) / 8
-        yield x, w, grad
-        del x, w, grad
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def test_the_output_is_that_of_the_parts(self, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, w, _ = tensors
+    def test_the_output_is_that_of_the_parts(
+        self, large_tensors: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        x, w, _ = large_tensors
         with torch.no_grad(), dgrad.flags(deterministic=True):
             output = dgrad.conv_transpose2d(x, w, stride=2)
             assert output.numel() > 2**31
-            for start in (0, self.STEP):
-                part = dgrad.conv_transpose2d(x[start : start + self.STEP], w, stride=2)
-                assert torch.equal(output[start : start + self.STEP], part)
+            for start in (0, STEP):
+                part = dgrad.conv_transpose2d(x[start : start + STEP], w, stride=2)
+                assert torch.equal(output[start : start + STEP], part)
             # Each output has one tap: a matrix product for each of the four.
             last = x[-1].double().flatten(1)
             for r, s in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -436,20 +439,20 @@ class TestMoreThan2To31Elements:
                 assert error < 2e-3
 
     def test_the_inputs_gradient_is_that_of_the_parts(
-        self, tensors: tuple[Tensor, Tensor, Tensor]
+        self, large_tensors: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        x, w, grad = tensors
+        x, w, grad = large_tensors
         with dgrad.flags(deterministic=True):
             whole = grad_input(x, w, grad)
-            for start in (0, self.STEP):
-                stop = start + self.STEP
+            for start in (0, STEP):
+                stop = start + STEP
                 part = grad_input(x[start:stop], w, grad[start:stop])
                 assert torch.equal(whole[start:stop], part)
 
     def test_the_weights_gradient_is_the_sum_over_the_parts(
-        self, tensors: tuple[Tensor, Tensor, Tensor]
+        self, large_tensors: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        x, w, grad = tensors
+        x, w, grad = large_tensors
         leaf = w.detach().requires_grad_()
         output = dgrad.conv_transpose2d(x, leaf, stride=2)
         (actual,) = torch.autograd.grad(output, [leaf], grad)

@@ -20,7 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import dgrad
-from dgrad import config, planner
+from dgrad import _candidates, config, planner
 from dgrad._geometry import Geometry, Pair, output_size
 from dgrad.exceptions import CudnnError, TorchOutOfMemoryError, cudnn_error
 from dgrad.planner import Runner
@@ -120,7 +120,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
     def put(*results: FakeResult) -> FakeCore:
         core = FakeCore(*results)
-        monkeypatch.setattr(planner, "_loader", SimpleNamespace(require=lambda: core))
+        monkeypatch.setattr(_candidates, "_loader", SimpleNamespace(require=lambda: core))
         driver = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 77)
         fake_torch = SimpleNamespace(empty=core.empty, uint8=torch.uint8, _C=driver)
         monkeypatch.setattr(planner, "torch", fake_torch)

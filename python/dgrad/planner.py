@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _loader, log
+from . import log
 from ._cache import BoundedCache
+from ._candidates import gather, make_plan
 from .config import Policy
 from .exceptions import CudnnError, NotSupportedError, OutOfMemoryError, TorchOutOfMemoryError
 from .selection import Candidate, Selection, format_bytes, reasons_table, reproduction
@@ -46,40 +47,6 @@ _lock = threading.Lock()
 plan_cache = PlanCache(max_size=1024)
 
 
-def _legacy_candidates(problem: Problem) -> list[Candidate]:
-    core = _loader.require()
-    try:
-        results = core.legacy_heuristic(problem)
-    except CudnnError as error:
-        return [
-            Candidate("legacy", name, "DEFAULT_MATH", False, 0, rejected=str(error))
-            for name in core.legacy_algorithms(problem.direction)
-        ]
-    return [
-        Candidate(
-            "legacy",
-            result.algorithm,
-            result.math_type,
-            result.deterministic,
-            result.workspace_bytes,
-            rejected=_static_objection(problem, result.math_type, result.rejected),
-        )
-        for result in results
-    ]
-
-
-def _static_objection(problem: Problem, math_type: str, rejected: str) -> str | None:
-    """Why cuDNN or the asked precision rules a candidate out, whatever the flags."""
-    if rejected:
-        return f"cuDNN's heuristic says {rejected}"
-    if problem.dtype == "float32":
-        if math_type == "TENSOR_OP_MATH_ALLOW_CONVERSION":
-            return "it may round float32 to half precision"
-        if not problem.tf32 and math_type != "FMA_MATH":
-            return "it may round float32 to tf32, and allow_tf32 is off"
-    return None
-
-
 def _objection(candidate: Candidate, direction: str, policy: Policy) -> str | None:
     """Why ``candidate`` may not run under ``policy``, or None."""
     if candidate.rejected is not None:
@@ -102,7 +69,7 @@ def _knowledge(problem: Problem) -> _Knowledge:
     with _lock:
         knowledge = _known.get(problem)
         if knowledge is None:
-            knowledge = _Knowledge(_legacy_candidates(problem))
+            knowledge = _Knowledge(gather(problem))
             _known.put(problem, knowledge)
         return knowledge
 
@@ -166,7 +133,6 @@ class Runner:
             return
 
     def _choose(self) -> None:
-        core = _loader.require()
         problem, policy = self._problem, self._policy
         self._knowledge = knowledge = _knowledge(problem)
         for index, candidate in enumerate(knowledge.candidates):
@@ -174,7 +140,7 @@ class Runner:
                 continue
             self._index = index
             try:
-                plan = core.legacy_plan(problem, candidate.algorithm, candidate.math_type)
+                plan = make_plan(problem, candidate)
             except CudnnError as error:
                 self._reject(error)
                 continue

@@ -1,0 +1,70 @@
+"""Where candidates come from: cuDNN's legacy algorithms, as records and as plans."""
+
+from __future__ import annotations
+
+from sys import intern
+from typing import TYPE_CHECKING
+
+from . import _loader
+from .exceptions import CudnnError
+from .selection import Candidate
+
+if TYPE_CHECKING:
+    from ._core import Plan, Problem
+
+_HALF_TYPES = ("float16", "bfloat16")
+
+
+def gather(problem: Problem) -> list[Candidate]:
+    """All candidates of a problem in cuDNN's order. Needs the device."""
+    core = _loader.require()
+    try:
+        results = core.legacy_heuristic(problem)
+    except CudnnError as error:
+        return [
+            Candidate("legacy", name, "DEFAULT_MATH", False, 0, rejected=str(error))
+            for name in core.legacy_algorithms(problem.direction)
+        ]
+    # Interned: thousands of problems share these few names.
+    return [
+        Candidate(
+            "legacy",
+            intern(result.algorithm),
+            intern(result.math_type),
+            result.deterministic,
+            result.workspace_bytes,
+            rejected=intern(f"cuDNN's heuristic says {result.rejected}")
+            if result.rejected
+            else imprecision(problem, result.algorithm, result.math_type),
+        )
+        for result in results
+    ]
+
+
+def imprecision(problem: Problem, algorithm: str, math_type: str) -> str | None:
+    """Why a legacy algorithm is less precise than the problem asks, or None.
+
+    Note [Imprecise algorithms]
+    Results are to be right within the rounding of the dtype. Measured against float64 on an H200
+    with cuDNN 9.19, as the relative norm of the error, 16 and 64 channels:
+    WINOGRAD_NONFUSED with 5x5 kernels, 5e-4 to 1e-3 whatever the math type, where the other
+    algorithms have 2e-7 (strict float32), 3e-4 (tf32) and 2e-4 (float16);
+    ALGO_0 of dgrad and wgrad in half types, up to 8e-3 (bfloat16) and 1e-3 (float16), more with
+    larger kernels, where the others have 1.7e-3 and 2e-4: its atomics add up in the half type.
+    """
+    if problem.dtype in _HALF_TYPES and algorithm == "ALGO_0" and problem.direction != "fprop":
+        return f"it adds up in {problem.dtype}, not in float32"
+    if problem.dtype != "bfloat16" and algorithm == "WINOGRAD_NONFUSED" and max(problem.w[2:]) > 3:
+        return "with 5x5 kernels it loses more than the rounding of the dtype"
+    if problem.dtype == "float32":
+        if math_type == "TENSOR_OP_MATH_ALLOW_CONVERSION":
+            return "it may round float32 to half precision"
+        if not problem.tf32 and math_type != "FMA_MATH":
+            return "it may round float32 to tf32, and allow_tf32 is off"
+    return None
+
+
+def make_plan(problem: Problem, candidate: Candidate) -> Plan:
+    """The plan of a candidate; CudnnError where it is not supported. Needs the device."""
+    plan: Plan = _loader.require().legacy_plan(problem, candidate.algorithm, candidate.math_type)
+    return plan
