@@ -39,6 +39,15 @@ every_geometry = pytest.mark.parametrize("layer", GEOMETRIES.values(), ids=GEOME
 every_direction = pytest.mark.parametrize("direction", DIRECTIONS)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine, waking other threads for thousands of tiny operators takes minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tensors_of(layer: tuple[Pair, Geometry, Pair]) -> dict[str, Tensor]:
     """x, w and y of a convolution that fit together, in float64."""
     kernel, geometry, extra = layer

@@ -77,6 +77,9 @@ TENSORS: dict[str, tuple[Any, list[str]]] = {
     "no channels at all": (call(X[:, :0], W[:0]), ["weight", "(0, 2, 3, 3)", "at least 1"]),
     "kernel is empty": (call(X, W[..., :0]), ["weight", "(4, 2, 3, 0)", "at least 1"]),
     "no output channels": (call(X, W[:, :0]), ["weight", "(4, 0, 3, 3)", "at least 1"]),
+    "output has no rows": (
+        call(X.double(), W[:, :, :2].double(), padding=(2, 0)), ["(2, 0)", "(0, 5)", "at least 1"],
+    ),
     "weight of another dtype": (
         call(X, W.double()), ["weight", "torch.float64", "expected torch.float32"],
     ),

@@ -119,6 +119,15 @@ def test_output_size_chooses_the_output_padding(output_size: Any) -> None:
     assert_same(ours(x, output_size), theirs(x, output_size))
 
 
+def test_output_size_reckons_with_the_dilation() -> None:
+    ours, theirs = both(kernel_size=3, stride=2, dilation=(2, 3))
+    x = inputs(theirs)
+    assert ours(x, (14, 18)).shape[2:] == (14, 18)
+    assert_same(ours(x, (14, 18)), theirs(x, (14, 18)))
+    with pytest.raises(ValueError, match="requested an output size"):
+        ours(x, (11, 13))
+
+
 @pytest.mark.parametrize(
     "output_size", [(10, 13), (11, 15), (11,), (11, 13, 1), (6, 11, 13), (-1, 13)], ids=str
 )
