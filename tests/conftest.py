@@ -99,6 +99,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
+def _no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's own store; those of the store name a folder."""
+    monkeypatch.setenv("DGRAD_STORE", "off")
+
+
+@pytest.fixture(autouse=True)
 def _switches_as_before() -> Iterator[None]:
     """Each test may change the global switches of PyTorch and dgrad; none passes them on."""
     cudnn = torch.backends.cudnn

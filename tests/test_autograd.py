@@ -250,7 +250,13 @@ class CallByPyTorch:
     """Stands for a call of cuDNN: the same directions, by PyTorch's operators."""
 
     def __init__(
-        self, direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pair
+        self,
+        direction: str,
+        a: Tensor,
+        b: Tensor,
+        geometry: Geometry,
+        size: Pair,
+        flags: dgrad.Flags | None = None,
     ) -> None:
         self.direction, self.geometry, self.size = direction, geometry, size
 

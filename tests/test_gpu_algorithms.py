@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dgrad
 from dgrad import _loader, log
+from dgrad.config import Policy
 from dgrad.selection import Candidate, Selection
 from reference import (
     NAMES,
@@ -65,14 +66,20 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Selection]]:
     made: list[Selection] = []
     tell = log.selected
 
-    def selected(selection: Selection) -> None:
+    def selected(selection: Selection, policy: Policy) -> None:
         made.append(selection)
-        tell(selection)
+        tell(selection, policy)
 
     monkeypatch.setattr(log, "selected", selected)
     dgrad.plan_cache.clear()
-    yield made
+    # What cuDNN's order says is what these tests know; test_gpu_selection.py measures.
+    with dgrad.flags(selection="heuristic"):
+        yield made
     dgrad.plan_cache.clear()
+
+
+def verdict(selection: Selection, candidate: Candidate) -> str:
+    return selection.verdicts()[selection.candidates.index(candidate)]
 
 
 def forward(case: Case, given: Arguments) -> Tensor:
@@ -151,7 +158,7 @@ def test_each_algorithm_runs_and_is_right_or_says_why_not(
                 tolerance = algorithm_tolerance(case, algorithm)
                 assert_close(actual, wanted[RESULT[direction]], tolerance, what)
                 (selection,) = (s for s in selections if s.problem.direction == direction)
-                assert selection.chosen.name == forced, what
+                assert selection.candidate.name == forced, what
                 assert selection.source == "forced", what
                 ran.append(algorithm)
             assert ran, f"no algorithm runs {direction} of {case}"
@@ -165,7 +172,7 @@ def test_cudnn_offers_several_algorithms_for_a_plain_problem(selections: list[Se
         for direction in DIRECTIONS:
             run(direction)
     for selection in selections:
-        usable = {c.name for c in selection.candidates if selection.verdict(c)[:8] != "rejected"}
+        usable = {c.name for c in selection.candidates if verdict(selection, c)[:8] != "rejected"}
         assert len(usable) >= 2, selection.to_dict()
     assert [selection.problem.direction for selection in selections] == list(DIRECTIONS)
 
@@ -193,10 +200,10 @@ def test_the_order_is_cudnns_and_the_first_usable_one_runs(selections: list[Sele
             (result.algorithm, result.math_type) for result in told
         ]
         assert selection.source == "heuristic"
-        place = selection.candidates.index(selection.chosen)
+        place = selection.chosen
         for earlier in selection.candidates[:place]:
-            assert selection.verdict(earlier).startswith("rejected: "), selection.to_dict()
-        assert selection.verdict(selection.chosen) == "chosen"
+            assert verdict(selection, earlier).startswith("rejected: "), selection.to_dict()
+        assert selection.verdicts()[selection.chosen] == "chosen"
 
 
 # --- precision ----------------------------------------------------------------------------------
@@ -217,7 +224,7 @@ def test_strict_float32_runs_fma_math_alone(layout: str, selections: list[Select
     assert {s.problem.direction for s in selections} == set(DIRECTIONS)
     for selection in selections:
         assert not selection.problem.tf32
-        assert selection.chosen.math_type == "FMA_MATH"
+        assert selection.candidate.math_type == "FMA_MATH"
 
 
 @pytest.mark.parametrize("layout", BOTH_LAYOUTS)
@@ -248,7 +255,7 @@ def test_half_types_use_tensor_cores(selections: list[Selection]) -> None:
     for precision in ("float16", "bfloat16"):
         case = with_layout(replace(WIDE, precision=precision), "channels_last")
         forward(case, arguments(case))
-    assert [s.chosen.math_type for s in selections] == ["TENSOR_OP_MATH"] * 2
+    assert [s.candidate.math_type for s in selections] == ["TENSOR_OP_MATH"] * 2
 
 
 # --- determinism --------------------------------------------------------------------------------
@@ -269,7 +276,7 @@ def test_deterministic_repeats_bit_for_bit(
             for key in ("output", "grad_input", "grad_weight"):
                 assert torch.equal(first[key], again[key]), f"{key} of {case}"
     assert len(selections) == 3
-    assert all(selection.chosen.deterministic for selection in selections)
+    assert all(selection.candidate.deterministic for selection in selections)
 
 
 def by_cudnn_deterministic() -> None:
@@ -288,7 +295,7 @@ def test_determinism_follows_pytorchs_switches(
     given = arguments(PLAIN)
     with dgrad.flags(algorithm="legacy:ALGO_0"):
         forward(PLAIN, given)
-        assert not selections[0].chosen.deterministic
+        assert not selections[0].candidate.deterministic
         switch()
         with pytest.raises(dgrad.NotSupportedError, match=r"ALGO_0 .*not deterministic"):
             forward(PLAIN, given)
@@ -314,12 +321,12 @@ def test_a_workspace_limit_of_zero_picks_a_candidate_without(selections: list[Se
     wanted = expected(case, given)
     with dgrad.flags(allow_tf32=True):
         results(dgrad.conv_transpose2d, case, given)
-        assert any(s.chosen.workspace_bytes > 0 for s in selections), "nothing to forbid"
+        assert any(s.candidate.workspace_bytes > 0 for s in selections), "nothing to forbid"
         selections.clear()
         with dgrad.flags(workspace_limit=0, fallback="error"):
             found = results(dgrad.conv_transpose2d, case, given)
     assert len(selections) == 3
-    assert all(s.chosen.workspace_bytes == 0 for s in selections)
+    assert all(s.candidate.workspace_bytes == 0 for s in selections)
     for name in found:
         assert_close(found[name], wanted[name], case.tolerance, f"{name} of {case}")
 
@@ -335,10 +342,10 @@ def test_the_chosen_workspace_keeps_to_the_limit(selections: list[Selection]) ->
             with dgrad.flags(workspace_limit=limit, fallback="error"):
                 forward(case, given)
     assert all(
-        s.chosen.workspace_bytes <= limit
+        s.candidate.workspace_bytes <= limit
         for s, limit in zip(selections[1:], (*sizes, sizes[-1] + 1), strict=True)
     )
-    assert selections[-1].chosen.name == free.chosen.name
+    assert selections[-1].candidate.name == free.candidate.name
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -377,7 +384,7 @@ def test_a_workspace_that_does_not_fit_makes_the_next_candidate_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     wanted = run_large(large)
-    greedy = selections[0].chosen
+    greedy = selections[0].candidate
     size = wanted.numel() * wanted.element_size()
     assert greedy.workspace_bytes > 64 * _MIB, "this problem needs no large workspace here"
     kept = wanted[-1].clone()
@@ -390,10 +397,10 @@ def test_a_workspace_that_does_not_fit_makes_the_next_candidate_run(
     output = run_large(large)
     torch.testing.assert_close(output[-1], kept, rtol=1e-2, atol=1e-2)
     (selection,) = selections
-    assert selection.chosen.workspace_bytes <= greedy.workspace_bytes // 2
+    assert selection.candidate.workspace_bytes <= greedy.workspace_bytes // 2
     refused = [c for c in selection.candidates if c.out_of_memory]
     assert greedy.name in [c.name for c in refused]
-    assert all("out of memory" in selection.verdict(c) for c in refused)
+    assert all("out of memory" in verdict(selection, c) for c in refused)
     assert any("out of memory" in text for text in caplog.messages)
 
     # Remembered: neither a second call, nor another thread, nor more memory tries it again.
@@ -407,7 +414,7 @@ def test_a_workspace_that_does_not_fit_makes_the_next_candidate_run(
 
     dgrad.plan_cache.clear()
     run_large(large)
-    assert selections[-1].chosen.name == greedy.name, "clear() forgets what did not fit"
+    assert selections[-1].candidate.name == greedy.name, "clear() forgets what did not fit"
 
 
 def test_out_of_memory_is_told_apart_and_asked_for_again(
@@ -434,7 +441,7 @@ def test_out_of_memory_is_told_apart_and_asked_for_again(
         assert not selections
         torch.cuda.set_per_process_memory_fraction(1.0)
         run_large(large)
-    assert [selection.chosen.name for selection in selections] == [forced]
+    assert [selection.candidate.name for selection in selections] == [forced]
 
 
 def test_an_algorithm_that_cudnn_refuses_is_not_out_of_memory(
@@ -442,7 +449,7 @@ def test_an_algorithm_that_cudnn_refuses_is_not_out_of_memory(
 ) -> None:
     """Also where another candidate of the same problem did not fit before."""
     output = run_large(large)
-    greedy = selections[0].chosen
+    greedy = selections[0].candidate
     size = output.numel() * output.element_size()
     del output
     dgrad.plan_cache.clear()
@@ -516,7 +523,7 @@ def test_one_line_for_each_new_selection_and_none_for_a_repeat(
     info: Callable[[], list[str]],
 ) -> None:
     given = arguments(PLAIN)
-    with dgrad.flags(allow_tf32=False):
+    with dgrad.flags(allow_tf32=False, selection="heuristic"):
         results(dgrad.conv_transpose2d, PLAIN, given)
         lines = info()
         assert len(lines) == 3
@@ -557,7 +564,7 @@ def test_another_problem_or_other_flags_are_another_line(info: Callable[[], list
 def test_the_verdicts_cover_all_candidates(selections: list[Selection]) -> None:
     forward(PLAIN, arguments(PLAIN))
     (selection,) = selections
-    verdicts: dict[Candidate, str] = {c: selection.verdict(c) for c in selection.candidates}
+    verdicts: dict[Candidate, str] = {c: verdict(selection, c) for c in selection.candidates}
     assert list(verdicts.values()).count("chosen") == 1
     assert all(verdicts.values())
-    assert selection.to_dict()["chosen"]["algorithm"] == selection.chosen.algorithm
+    assert selection.to_dict()["chosen"] == selection.chosen

@@ -102,7 +102,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(content: Mapping[str, byte
     python = {
         f"dgrad/{path.relative_to(package).as_posix()}"
         for path in package.rglob("*")
-        if path.suffix in {".py", ".pyi"} or path.name == "py.typed"
+        if path.suffix in {".py", ".pyi"} or path.name in {"py.typed", "selection.schema.json"}
     }
     assert {"dgrad/__init__.py", "dgrad/_core.pyi", "dgrad/py.typed"} <= python
     (module,) = (name for name in content if name.startswith("dgrad/_core.") and ".so" in name)

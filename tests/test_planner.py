@@ -5,9 +5,11 @@ cuDNN's part is played by a fake: its answers are the premise here, not what is 
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -112,6 +114,7 @@ class FakeCore:
 
 
 Start = Callable[..., FakeCore]
+HEURISTIC = config.policy(dgrad.Flags(selection="heuristic"))
 
 
 @pytest.fixture
@@ -132,7 +135,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 
 def run(problem: FakeProblem | None = None, **flags: Any) -> None:
-    with dgrad.flags(**flags):
+    with dgrad.flags(**{"selection": "heuristic", **flags}):
         Runner(problem or FakeProblem(), config.policy()).run(1, 2, 3)  # type: ignore[arg-type]
 
 
@@ -162,7 +165,7 @@ def test_a_workspace_is_had_from_the_allocator(start: Start) -> None:
 
 def test_a_runner_plans_once_and_runs_often(start: Start) -> None:
     core = start(FakeResult("ALGO_1"))
-    runner = Runner(FakeProblem(), config.policy())  # type: ignore[arg-type]
+    runner = Runner(FakeProblem(), HEURISTIC)  # type: ignore[arg-type]
     for _ in range(3):
         runner.run(1, 2, 3)
     assert len(core.planned) == 1
@@ -343,7 +346,7 @@ def test_a_failure_on_one_thread_is_known_to_all(start: Start) -> None:
 
 def test_an_algorithm_that_fails_later_is_replaced_in_the_same_runner(start: Start) -> None:
     core = start(FakeResult("FFT"), FakeResult("ALGO_1"))
-    runner = Runner(FakeProblem(), config.policy())  # type: ignore[arg-type]
+    runner = Runner(FakeProblem(), HEURISTIC)  # type: ignore[arg-type]
     runner.run(1, 2, 3)
     core.failing["FFT"] = NOT_SUPPORTED
     runner.run(1, 2, 3)
@@ -420,7 +423,7 @@ def test_a_selection_is_logged_once_for_each_problem_and_policy(
         (line,) = messages(caplog, logging.INFO)
         for part in (
             "legacy:ALGO_1 (DEFAULT_MATH)", str(problem), "workspace 1.0 MiB", "deterministic",
-            "source heuristic", "(1 of 2)", "cuDNN",
+            "source heuristic", "(1 of 2 in", "cuDNN",
         ):  # fmt: skip
             assert part in line
         run(problem, algorithm="legacy:ALGO_0")
@@ -428,7 +431,7 @@ def test_a_selection_is_logged_once_for_each_problem_and_policy(
         forced = messages(caplog, logging.INFO)[1:]
         assert len(forced) == 1
         assert "legacy:ALGO_0" in forced[0]
-        assert "not deterministic, source forced (2 of 2)" in forced[0]
+        assert "not deterministic, source forced (2 of 2 in" in forced[0]
         run(FakeProblem(groups=2))
         assert len(messages(caplog, logging.INFO)) == 3
         thread = threading.Thread(target=run)
@@ -477,16 +480,148 @@ OTHER = Candidate("legacy", "FFT", "DEFAULT_MATH", True, 0, rejected="it is brok
 
 
 def test_a_selection_is_plain_data() -> None:
-    selection = Selection(FakeProblem(), CHOSEN, (OTHER, CHOSEN), ("it is broken", None), "forced")  # type: ignore[arg-type]
+    selection = Selection(FakeProblem(), (OTHER, CHOSEN), 1, ("it is broken", None), "forced")  # type: ignore[arg-type]
     data = json.loads(json.dumps(selection.to_dict()))
-    assert data["problem"] == str(FakeProblem())
-    assert data["chosen"]["algorithm"] == "ALGO_1"
-    assert data["chosen"]["workspace_bytes"] == 5 * MIB
+    assert data["problem"]["x"] == list(FakeProblem().x)
+    assert data["chosen"] == 1
+    assert data["candidates"][1]["workspace_bytes"] == 5 * MIB
     assert [entry["verdict"] for entry in data["candidates"]] == [
         "rejected: it is broken", "chosen",
     ]  # fmt: skip
     assert data["source"] == "forced"
     assert selection == replace(selection)
+
+
+# --- measured times -----------------------------------------------------------------------------
+
+
+def fake_times(monkeypatch: pytest.MonkeyPatch, times: dict[str, float | None]) -> list[list[str]]:
+    """Timing gives these; returns what is timed, a list for each measuring."""
+    measured: list[list[str]] = []
+    names_of: dict[int, str] = {}
+    timed_run = Runner._timed_run
+
+    def named(self: Runner, plan: FakePlan, x: int, w: int, y: int) -> Any:
+        run = timed_run(self, plan, x, w, y)  # type: ignore[arg-type]
+        names_of[id(run)] = plan.name
+        return run
+
+    def measure(contestants: list[Any], budget_s: float | None, errors: Any) -> None:
+        measured.append([names_of[id(contestant.run)] for contestant in contestants])
+        for contestant in contestants:
+            time = times[names_of[id(contestant.run)]]
+            contestant.samples_ms = [] if time is None else [time]
+
+    monkeypatch.setattr(Runner, "_timed_run", named)
+    monkeypatch.setattr(planner, "measure", measure)
+    planner.torch.cuda = SimpleNamespace(  # type: ignore[misc, assignment]
+        is_current_stream_capturing=lambda: False
+    )
+    return measured
+
+
+THREE = (
+    FakeResult("ALGO_1", workspace_bytes=2 * MIB),
+    FakeResult("ALGO_0", deterministic=False),
+    FakeResult("FFT", workspace_bytes=MIB),
+)
+
+
+def test_the_fastest_runs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = start(*THREE)
+    measured = fake_times(monkeypatch, {"ALGO_1": 2.0, "ALGO_0": 3.0, "FFT": 1.0})
+    run(selection="measure")
+    assert measured == [["ALGO_1", "ALGO_0", "FFT"]]
+    assert names(core) == ["FFT"]
+    ((selection, uses),) = dgrad.selections()
+    assert uses == 1
+    assert selection.source == "measured"
+    assert selection.verdicts() == ["100.0 % slower", "200.0 % slower", "chosen"]
+    assert "next legacy:ALGO_1 (DEFAULT_MATH) 100.0 % slower" in str(selection)
+
+
+def test_within_the_noise_the_deterministic_and_then_the_smaller_wins(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(*THREE)
+    fake_times(monkeypatch, {"ALGO_1": 1.01, "ALGO_0": 1.0, "FFT": 1.02})
+    run(selection="measure")
+    assert names(core) == ["FFT"]
+
+
+def test_flags_choose_among_known_times_without_measuring(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(*THREE)
+    measured = fake_times(monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 2.0, "FFT": 3.0})
+    run(selection="measure")
+    run(selection="measure", workspace_limit=MIB)
+    run(selection="measure", workspace_limit=MIB, deterministic=True)
+    run(selection="heuristic")
+    assert len(measured) == 1
+    assert names(core) == ["ALGO_1", "ALGO_0", "FFT", "ALGO_1"]
+    limited = dgrad.selections()[1][0]
+    assert limited.verdicts()[0].endswith("(50.0 % faster)")
+    assert "with 2.0 MiB of workspace legacy:ALGO_1 (DEFAULT_MATH) would take 1 ms" in str(limited)
+
+
+def test_a_larger_limit_measures_what_the_smaller_left_out(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(*THREE)
+    measured = fake_times(monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 2.0, "FFT": 3.0})
+    run(selection="measure", workspace_limit=MIB)
+    run(selection="measure")
+    assert measured == [["ALGO_0", "FFT"], ["ALGO_1"]]
+    assert names(core) == ["ALGO_0", "ALGO_1"]
+
+
+def test_what_the_budget_left_out_is_timed_by_exhaustive_only(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(*THREE)
+    times: dict[str, float | None] = {"ALGO_1": 2.0, "ALGO_0": 3.0, "FFT": None}
+    measured = fake_times(monkeypatch, times)
+    run(selection="measure")
+    assert dgrad.selections()[0][0].verdicts()[2] == "not timed: the budget was spent"
+    run(selection="measure", deterministic=True)
+    assert len(measured) == 1
+    times["FFT"] = 1.0
+    run(selection="exhaustive")
+    assert measured[1] == ["FFT"]
+    assert names(core) == ["ALGO_1", "ALGO_1", "FFT"]
+
+
+def test_one_usable_candidate_is_not_timed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(FakeResult("ALGO_1"), FakeResult("FFT", rejected="CUDNN_STATUS_NOT_SUPPORTED"))
+    assert fake_times(monkeypatch, {}) == []
+    run(selection="exhaustive")
+    assert dgrad.selections()[0][0].source == "heuristic"
+
+
+def test_a_remembered_problem_takes_less_than_4_kib(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names_ = ("ALGO_1", "ALGO_0", "FFT", "FFT_TILING", "WINOGRAD", "WINOGRAD_NONFUSED")
+    start(
+        *(FakeResult(name, workspace_bytes=1000 + i) for i, name in enumerate(names_)),
+        FakeResult("FFT", "FMA_MATH", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
+        FakeResult("WINOGRAD", "FMA_MATH", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
+    )
+    fake_times(monkeypatch, {name: 1.0 + i for i, name in enumerate(names_)})
+    run(FakeProblem(x=(1, 1, 1, 1)), selection="measure")
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for n in range(10_000):
+            # The runner, as a plan in plan_cache, is bounded on its own.
+            run(FakeProblem(x=(n, 2, 3, 4)), selection="measure", deterministic=True)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(dgrad.selections()) == 10_001
+    assert (after - before) / 10_000 < 4096
 
 
 def test_a_table_of_reasons_is_aligned() -> None:

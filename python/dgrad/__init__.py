@@ -5,9 +5,9 @@ import torch  # noqa: F401  isort: skip
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import _loader
+from . import _loader, store
 from ._loader import is_available, unavailable_reason
-from .config import flags, set_flags
+from .config import Flags, flags, set_flags
 from .convert import convert, restore
 from .exceptions import (
     CudnnBadParameterError,
@@ -19,9 +19,11 @@ from .exceptions import (
     NotSupportedError,
     OutOfMemoryError,
 )
+from .explain import Explanation, explain, warm_up
 from .functional import conv_transpose2d
 from .modules import ConvTranspose2d
-from .planner import plan_cache
+from .planner import plan_cache, selections
+from .selection import Candidate, Selection
 
 try:
     __version__ = version("dgrad")
@@ -29,6 +31,7 @@ except PackageNotFoundError:  # run from a build tree that was not installed
     __version__ = getattr(_loader.load()[0], "__version__", "0+unknown")
 
 __all__ = [
+    "Candidate",
     "ConvTranspose2d",
     "CudnnBadParameterError",
     "CudnnError",
@@ -36,15 +39,22 @@ __all__ = [
     "CudnnInternalError",
     "CudnnNotInitializedError",
     "CudnnNotSupportedError",
+    "Explanation",
+    "Flags",
     "NotSupportedError",
     "OutOfMemoryError",
+    "Selection",
     "__version__",
     "conv_transpose2d",
     "convert",
+    "explain",
     "flags",
     "is_available",
     "plan_cache",
     "restore",
+    "selections",
     "set_flags",
+    "store",
     "unavailable_reason",
+    "warm_up",
 ]

@@ -18,28 +18,36 @@ from torch.autograd import Function
 from . import _fallback
 from ._call import DTYPES, INPUTS, OUTPUT, Call, call_for, memory_format
 from ._geometry import Geometry, Pair, is_channels_last
+from .config import Flags
 
 _MAKES = {slot: direction for direction, slot in OUTPUT.items()}
 
 
 def convolution(
-    direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pair, call: Call | None = None
+    direction: str,
+    a: Tensor,
+    b: Tensor,
+    geometry: Geometry,
+    size: Pair,
+    flags: Flags | None = None,
+    call: Call | None = None,
 ) -> Tensor:
     """The result of ``direction``, with spatial size ``size``, differentiable.
 
     Args:
         direction: "dgrad" of (y, w), "fprop" of (x, w) or "wgrad" of (x, y).
         a, b: the two 4-d inputs, of one dtype and device.
+        flags: flags over the process's, also for the gradients.
         call: the call made ready for these tensors, if the caller has it.
     """
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         result: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-            a, b, direction, geometry, size, call
+            a, b, direction, geometry, size, flags, call
         )
         return result
     if call is None and not (a.is_cuda and a.dtype in DTYPES):
         return _fallback.run(direction, a, b, geometry, size)
-    return (call or call_for(direction, a, b, geometry, size))(a, b)
+    return (call or call_for(direction, a, b, geometry, size, flags))(a, b)
 
 
 class _Convolution(Function):
@@ -51,22 +59,23 @@ class _Convolution(Function):
         direction: str,
         geometry: Geometry,
         size: Pair,
+        flags: Flags | None,
         call: Call | None,
     ) -> Tensor:
         needs_a, needs_b = ctx.needs_input_grad[:2]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
-        ctx.direction, ctx.geometry = direction, geometry
+        ctx.direction, ctx.geometry, ctx.flags = direction, geometry, flags
         ctx.sizes = (tuple(a.shape[2:]), tuple(b.shape[2:]))
         ctx.format = memory_format(a, b)
         ctx.a_is_channels_last = is_channels_last(a.shape, a.stride())
-        return convolution(direction, a, b, geometry, size, call)
+        return convolution(direction, a, b, geometry, size, flags, call)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         a, b = ctx.saved_tensors
         grad = grad.resolve_neg()
         if ctx.direction == "dgrad":
@@ -87,6 +96,6 @@ class _Convolution(Function):
                 return None
             direction = _MAKES[slots[index]]
             first, second = (values[slot] for slot in INPUTS[direction])
-            return convolution(direction, first, second, ctx.geometry, ctx.sizes[index])
+            return convolution(direction, first, second, ctx.geometry, ctx.sizes[index], ctx.flags)
 
-        return gradient(0), gradient(1), None, None, None, None
+        return gradient(0), gradient(1), None, None, None, None, None

@@ -57,6 +57,10 @@ class BoundedCache(Generic[K, V]):
             self._entries.move_to_end(key)
             self._trim()
 
+    def values(self) -> list[V]:
+        with self._lock:
+            return list(self._entries.values())
+
     def clear(self) -> None:
         """Forget all entries and set the counts to zero."""
         with self._lock:

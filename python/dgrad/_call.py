@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _fallback, _loader, config, log
 from ._geometry import Geometry, Pair, is_channels_last
+from .config import Flags
 from .exceptions import NotSupportedError, OutOfMemoryError
 from .planner import Runner, plan_cache
 
@@ -75,12 +76,18 @@ class Call:
     )
 
     def __init__(
-        self, direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pair
+        self,
+        direction: str,
+        a: Tensor,
+        b: Tensor,
+        geometry: Geometry,
+        size: Pair,
+        flags: Flags | None = None,
     ) -> None:
         core = _loader.require()
-        policy = config.policy()
+        policy = config.policy(flags)
         self._arguments = (direction, geometry, size)
-        self._may_fall_back = policy.fallback == "pytorch" and not policy.algorithm
+        self._may_fall_back = policy.fallback == "pytorch" and not policy.wanted(direction)
         self._runs_in_pytorch = False
         self._device: int = a.get_device()
         self._format = memory_format(a, b)
@@ -108,7 +115,7 @@ class Call:
             problem = core.Problem(
                 direction=direction,
                 dtype=DTYPES[a.dtype],
-                tf32=a.dtype == torch.float32 and config.tf32_allowed(),
+                tf32=a.dtype == torch.float32 and config.tf32_allowed(flags),
                 layout="nhwc" if self._format is torch.channels_last else "nchw",
                 x=(images, *shapes["x"][1:]),
                 w=shapes["w"],
@@ -200,7 +207,14 @@ def _images_per_call(shapes: dict[str, tuple[int, ...]]) -> int:
     return min(MAX_ELEMENTS // math.prod(shapes[name][1:]) for name in "xy")
 
 
-def call_for(direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pair) -> Call:
+def call_for(
+    direction: str,
+    a: Tensor,
+    b: Tensor,
+    geometry: Geometry,
+    size: Pair,
+    flags: Flags | None = None,
+) -> Call:
     """The cached call for these tensors under the flags in force, made if there is none."""
     key = (
         direction,
@@ -214,12 +228,12 @@ def call_for(direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pai
         size,
         a.data_ptr() & 15,
         b.data_ptr() & 15,
-        config.tf32_allowed(),
-        config.policy(),
+        config.tf32_allowed(flags),
+        config.policy(flags),
         threading.get_ident(),
     )
     call = plan_cache.get(key)
     if call is None:
-        call = Call(direction, a, b, geometry, size)
+        call = Call(direction, a, b, geometry, size, flags)
         plan_cache.put(key, call)
     return call

@@ -1,24 +1,19 @@
-"""`python -m dgrad`: the commands, and how their results are printed."""
+"""`python -m dgrad`: its commands, of which `info` and `compare` are here."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
+from dgrad import _cli_selection, _cli_store
+from dgrad._cli_common import Commands, add_command, print_json, print_table
 
 if TYPE_CHECKING:
     from dgrad.bench.compare import Comparison
     from dgrad.bench.timing import Timing
 
-_Commands = Any  # argparse does not name the type of its sub-parsers in public
 _COMPARE_EPILOG = """\
 FILE is a Python file as KernelBench has them: a class Model, get_inputs() and get_init_inputs().
 Without FILE: ConvTranspose2d(64, 64, (3, 7)) on an input of (8, 64, 512, 512).
@@ -49,31 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(arguments)
 
 
-def _add(
-    commands: _Commands,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    summary: str,
-    epilog: str | None = None,
-) -> argparse.ArgumentParser:
-    """Add the command `name`; `run` gets its arguments and returns the exit code."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
-    parser.set_defaults(run=run)
-    return parser
-
-
 # --- info ---------------------------------------------------------------------------------------
 
 
-def _add_info(commands: _Commands) -> None:
-    _add(commands, "info", _info, "Print versions, devices, and what is usable. Always exits 0.")
+def _add_info(commands: Commands) -> None:
+    add_command(
+        commands, "info", _info, "Print versions, devices, and what is usable. Always exits 0."
+    )
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -82,7 +59,7 @@ def _info(arguments: argparse.Namespace) -> int:
     versions, devices = environment.versions(), environment.devices()
     providers = environment.providers()
     if arguments.json:
-        _print_json({"versions": versions, "devices": devices, "providers": providers})
+        print_json({"versions": versions, "devices": devices, "providers": providers})
         return 0
     rows = [
         ("dgrad", versions["dgrad"]),
@@ -103,16 +80,16 @@ def _info(arguments: argparse.Namespace) -> int:
     for name, provider in providers.items():
         words = "usable" if provider["usable"] else f"not usable: {provider['reason']}"
         rows.append((f"provider {name}", words))
-    _print_table([], [(name, value or "none") for name, value in rows])
+    print_table([], [(name, value or "none") for name, value in rows])
     return 0
 
 
 # --- compare ------------------------------------------------------------------------------------
 
 
-def _add_compare(commands: _Commands) -> None:
+def _add_compare(commands: Commands) -> None:
     summary = "Run a model with PyTorch's layers and with dgrad's; compare outputs and times."
-    parser = _add(commands, "compare", _compare, summary, _COMPARE_EPILOG)
+    parser = add_command(commands, "compare", _compare, summary, _COMPARE_EPILOG)
     parser.add_argument("file", metavar="FILE", nargs="?", help="the model (see below)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--seed", type=int, default=42, help="of weights and inputs (default 42)")
@@ -147,7 +124,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(f"compare: {error}", file=sys.stderr)
         return error.exit_code
     if arguments.json:
-        _print_json(comparison.to_dict())
+        print_json(comparison.to_dict())
     else:
         _print_comparison(comparison)
     for difference in comparison.differences:
@@ -169,7 +146,7 @@ def _print_comparison(c: Comparison) -> None:
         ("PyTorch, benchmark on", *_times(c.pytorch_benchmark)),
         ("dgrad", *_times(c.dgrad)),
     ]
-    _print_table(header, rows)
+    print_table(header, rows)
     print(f"ratio (better PyTorch / dgrad): {c.ratio:.3f}")
     for title, lines in (("dgrad's log", c.selected), ("notes", c.notes)):
         if lines:
@@ -185,27 +162,9 @@ def _times(t: Timing) -> tuple[str, str, str, str]:
     )
 
 
-# --- printing -----------------------------------------------------------------------------------
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print with lines on a terminal, plainly elsewhere; a narrow one wraps, but nothing is cut."""
-    console = Console(highlight=False)
-    lines = box.SIMPLE if console.is_terminal and header else None
-    table = Table(*[""] * len(rows[0]), box=lines, show_header=bool(header), pad_edge=False)
-    for i, column in enumerate(table.columns):
-        column.header = Text(header[i]) if header else ""
-        column.no_wrap = True
-        column.justify = "left" if i == 0 or not header else "right"
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: a path may hold [brackets]
-    unlimited = console.options.update(max_width=1_000_000)
-    console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
-    console.print(table, crop=False, soft_wrap=False)
-
-
-_COMMANDS: tuple[Callable[[_Commands], None], ...] = (_add_info, _add_compare)
+_COMMANDS: tuple[Callable[[Commands], None], ...] = (
+    _add_info,
+    _add_compare,
+    *_cli_selection.COMMANDS,
+    _cli_store.add_store,
+)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,37 +20,140 @@ _UNITS = {"": 1, "B": 1} | {
     for middle, base in (("i", 1024), ("", 1000))
 }
 
+Algorithms = tuple[tuple[str, tuple[str, ...]], ...]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Flags:
-    """The flags of :func:`flags`; None follows PyTorch."""
+    """What dgrad is told. A flag that is None follows the next wider setting: a layer's
+    (``ConvTranspose2d.flags``) follows the process's (:func:`dgrad.flags`), and that PyTorch's
+    switches or the default.
 
+    Attributes:
+        selection (str): "measure" (default) times the candidates of a new problem within
+            ``measure_budget``; "exhaustive" times all; "heuristic" times nothing and takes the
+            first usable one in cuDNN's order.
+        measure_budget (float): seconds that "measure" may take for a problem, default 0.3.
+        algorithm (str, sequence or dict): the only algorithms to use, in order of preference,
+            such as "legacy:ALGO_1". They command the transposed convolution alone; a dict from
+            direction ("dgrad", "fprop", "wgrad") commands each.
+        workspace_limit (int or str): most scratch memory a candidate may take, in bytes or as
+            text such as "256MiB". Default: no limit.
+        deterministic (bool): only deterministic candidates. Default:
+            ``torch.backends.cudnn.deterministic`` or ``torch.use_deterministic_algorithms``.
+        allow_tf32 (bool): let float32 run in tf32. Default:
+            ``torch.backends.cudnn.conv.fp32_precision`` (``allow_tf32`` before PyTorch 2.9).
+        fallback (str): "pytorch" (default) lets PyTorch run what dgrad cannot; "error" raises
+            :class:`dgrad.NotSupportedError` instead.
+
+    Raises:
+        TypeError, ValueError: a value that a flag does not take.
+    """
+
+    selection: str | None = None
+    measure_budget: float | None = None
+    algorithm: Any = field(default=None)  # text, sequence or dict; kept as Algorithms
+    workspace_limit: Any = None  # int or text; kept as int
     deterministic: bool | None = None
     allow_tf32: bool | None = None
-    workspace_limit: int | None = None
-    algorithm: tuple[tuple[str, str], ...] = ()
-    fallback: str = "pytorch"
+    fallback: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, check(name, value))
 
 
 class Policy(NamedTuple):
     """The flags that bear on a choice, with PyTorch's switches read."""
 
-    deterministic: bool
+    selection: str
+    measure_budget: float
+    algorithm: Algorithms
     workspace_limit: int | None
-    algorithm: tuple[tuple[str, str], ...]
+    deterministic: bool
     fallback: str
 
+    def wanted(self, direction: str) -> tuple[str, ...]:
+        """The algorithms asked for, in order of preference; empty if dgrad chooses."""
+        return dict(self.algorithm).get(direction, ())
+
+
+def _one_of(*known: str) -> Any:
+    def check(name: str, value: object) -> str:
+        if value in known:
+            return str(value)
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+
+    return check
+
+
+def _boolean(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise TypeError(f"{name} is {value!r}, expected True, False or None")
+
+
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    raise ValueError(f"{name} is {value!r}, expected a number of seconds of at least 0")
+
+
+def _bytes(name: str, value: object) -> int:
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        if match and match[2] in _UNITS:
+            return int(float(match[1]) * _UNITS[match[2]])
+    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(
+        f"{name} is {value!r}, expected a number of bytes of at least 0 "
+        'or text such as "256MiB" or "1GB"'
+    )
+
+
+def _algorithms(name: str, value: Any) -> Algorithms:
+    if isinstance(value, tuple) and all(isinstance(item, tuple) for item in value):
+        value = dict(value)  # already in the kept form
+    by_direction = value if isinstance(value, Mapping) else {"dgrad": value}
+    checked = {}
+    for direction, wanted in by_direction.items():
+        names = (wanted,) if isinstance(wanted, str) else wanted
+        if (
+            direction not in _DIRECTIONS
+            or not isinstance(names, (tuple, list))
+            or not all(isinstance(item, str) and ":" in item for item in names)
+        ):
+            raise ValueError(
+                f"{name} is {value!r}, expected 'provider:algorithm' such as 'legacy:ALGO_1', "
+                f"a list of these, or a dict of them by direction ({', '.join(_DIRECTIONS)})"
+            )
+        checked[direction] = tuple(names)
+    return tuple(sorted(checked.items()))
+
+
+_CHECKS: dict[str, Any] = {
+    "selection": _one_of("heuristic", "measure", "exhaustive"),
+    "measure_budget": _seconds,
+    "algorithm": _algorithms,
+    "workspace_limit": _bytes,
+    "deterministic": _boolean,
+    "allow_tf32": _boolean,
+    "fallback": _one_of("pytorch", "error"),
+}
 
 _flags = Flags()
 
 
 def current() -> Flags:
-    """The flags in force."""
+    """The process's flags."""
     return _flags
 
 
 def set_flags(**changes: Any) -> None:
-    """Set flags for the whole process; see :func:`flags` for their names and values."""
+    """Set flags for the whole process; see :class:`dgrad.Flags` for their names and values."""
     global _flags
     _flags = _changed(changes)
 
@@ -58,23 +162,8 @@ def set_flags(**changes: Any) -> None:
 def flags(**changes: Any) -> Iterator[None]:
     """Set flags inside a ``with`` block, for the whole process as PyTorch's own switches do.
 
-    A backward pass reads the flags while it runs, not those of its forward pass.
-
-    Args:
-        deterministic (bool or None): only deterministic candidates. None (default) follows
-            ``torch.backends.cudnn.deterministic`` and ``torch.use_deterministic_algorithms``.
-        allow_tf32 (bool or None): let float32 run in tf32. None (default) follows
-            ``torch.backends.cudnn.conv.fp32_precision`` (``allow_tf32`` before PyTorch 2.9).
-        workspace_limit (int, str or None): most scratch memory a candidate may take, in bytes
-            or as text such as "256MiB". None (default): no limit.
-        algorithm (str, dict or None): the only algorithm to use, such as "legacy:ALGO_1". Text
-            commands the transposed convolution alone; a dict from direction ("dgrad", "fprop",
-            "wgrad") to text commands each. None (default): dgrad chooses.
-        fallback (str): "pytorch" (default) lets PyTorch run what dgrad cannot; "error" raises
-            :class:`dgrad.NotSupportedError` instead.
-
-    Raises:
-        TypeError, ValueError: an unknown flag, or a value that a flag does not take.
+    A backward pass reads the process's flags while it runs, not those of its forward pass. See
+    :class:`dgrad.Flags` for names, values and errors.
     """
     global _flags
     before = _flags
@@ -86,77 +175,37 @@ def flags(**changes: Any) -> Iterator[None]:
 
 
 def _changed(changes: Mapping[str, Any]) -> Flags:
-    known = [field.name for field in fields(Flags)]
+    known = [entry.name for entry in fields(Flags)]
     for name in changes:
         if name not in known:
             raise TypeError(f"unknown flag {name!r}, expected one of {', '.join(known)}")
-    values = {name: _CHECKS[name](value) for name, value in changes.items()}
-    return replace(_flags, **values)
+    return replace(_flags, **changes)
 
 
-def _tristate(name: str) -> Any:
-    def check(value: object) -> bool | None:
-        if value is None or isinstance(value, bool):
-            return value
-        raise TypeError(f"{name} is {value!r}, expected True, False or None")
-
-    return check
-
-
-def _workspace_limit(value: object) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        if match and match[2] in _UNITS:
-            return int(float(match[1]) * _UNITS[match[2]])
-    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise ValueError(
-        f"workspace_limit is {value!r}, expected a number of bytes of at least 0 "
-        'or text such as "256MiB" or "1GB"'
-    )
+def effective(layer: Flags | None = None) -> Flags:
+    """The process's flags with a layer's over them."""
+    if layer is None:
+        return _flags
+    own = {entry.name: getattr(layer, entry.name) for entry in fields(Flags)}
+    return replace(_flags, **{name: value for name, value in own.items() if value is not None})
 
 
-def _algorithm(value: object) -> tuple[tuple[str, str], ...]:
-    if value is None:
-        return ()
-    by_direction = {"dgrad": value} if isinstance(value, str) else value
-    if not isinstance(by_direction, Mapping):
-        raise TypeError(f"algorithm is {value!r}, expected text, a dict or None")
-    for direction, name in by_direction.items():
-        if direction not in _DIRECTIONS or not isinstance(name, str) or ":" not in name:
-            raise ValueError(
-                f"algorithm is {value!r}, expected 'provider:algorithm' such as "
-                f"'legacy:ALGO_1', or a dict of these by direction ({', '.join(_DIRECTIONS)})"
-            )
-    return tuple(sorted(by_direction.items()))
-
-
-def _fallback(value: object) -> str:
-    if value in ("pytorch", "error"):
-        return str(value)
-    raise ValueError(f"fallback is {value!r}, expected 'pytorch' or 'error'")
-
-
-_CHECKS: dict[str, Any] = {
-    "deterministic": _tristate("deterministic"),
-    "allow_tf32": _tristate("allow_tf32"),
-    "workspace_limit": _workspace_limit,
-    "algorithm": _algorithm,
-    "fallback": _fallback,
-}
-
-
-def policy() -> Policy:
+def policy(layer: Flags | None = None) -> Policy:
     """The flags that bear on a choice, now."""
-    flags_now = _flags
-    deterministic = flags_now.deterministic
+    now = _flags if layer is None else effective(layer)
+    deterministic = now.deterministic
     if deterministic is None:
         deterministic = (
             torch._C._get_cudnn_deterministic() or torch._C._get_deterministic_algorithms()
         )
-    return Policy(deterministic, flags_now.workspace_limit, flags_now.algorithm, flags_now.fallback)
+    return Policy(
+        now.selection or "measure",
+        0.3 if now.measure_budget is None else now.measure_budget,
+        now.algorithm or (),
+        now.workspace_limit,
+        deterministic,
+        now.fallback or "pytorch",
+    )
 
 
 @cache
@@ -176,9 +225,9 @@ else:
         return torch._C._get_cudnn_allow_tf32()
 
 
-def tf32_allowed() -> bool:
+def tf32_allowed(layer: Flags | None = None) -> bool:
     """Whether float32 may run in tf32 now."""
     if _tf32_overridden():
         return False
-    own = _flags.allow_tf32
+    own = (_flags if layer is None else effective(layer)).allow_tf32
     return _torch_allows_tf32() if own is None else own

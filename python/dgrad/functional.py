@@ -16,6 +16,7 @@ from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution
 from ._call import DTYPES, Call
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
+from ._watch import note, watchers
 from .exceptions import NotSupportedError
 from .planner import plan_cache
 
@@ -41,6 +42,8 @@ def conv_transpose2d(
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
+    *,
+    flags: config.Flags | None = None,
 ) -> Tensor:
     """Transposed 2D convolution: :func:`torch.nn.functional.conv_transpose2d` run by cuDNN's
     data gradient, with the same arguments, results, output strides and errors.
@@ -59,6 +62,7 @@ def conv_transpose2d(
             stride or dilation.
         groups: number of groups, default 1.
         dilation: spacing of the kernel's elements, default 1.
+        flags: flags for this call and its gradients over those of the process, default None.
 
     Returns:
         Tensor of shape (N, C_out, H_out, W_out) or (C_out, H_out, W_out) with
@@ -78,7 +82,7 @@ def conv_transpose2d(
     ):
         reason = "torch.compile, export, trace, forward-mode AD or torch.func is at work"
         return _pytorch(
-            reason, input, weight, bias, stride, padding, output_padding, groups, dilation
+            flags, reason, input, weight, bias, stride, padding, output_padding, groups, dilation
         )
     if torch.is_autocast_enabled("cuda"):
         input, weight = _autocast(input), _autocast(weight)
@@ -90,14 +94,15 @@ def conv_transpose2d(
         groups if type(groups) is int else integer(groups, "groups"),
     )
     output_padding = pair(output_padding, "output_padding")
-    key = _key(input, weight, bias, geometry, output_padding)
+    key = _key(input, weight, bias, geometry, output_padding, flags)
     prepared = None if key is None else plan_cache.get(key)
     if prepared is None:
-        prepared = _prepare(input, weight, bias, geometry, output_padding)
+        prepared = _prepare(input, weight, bias, geometry, output_padding, flags)
         if key is not None:
             plan_cache.put(key, prepared)
     if prepared.reason is not None:
         return _pytorch(
+            flags,
             prepared.reason,
             input,
             weight,
@@ -109,14 +114,19 @@ def conv_transpose2d(
             geometry.dilation,
         )
     x, weight = _enter(input, weight, prepared.appended)
-    output = convolution("dgrad", x, weight, geometry, prepared.size, prepared.call)
+    output = convolution("dgrad", x, weight, geometry, prepared.size, flags, prepared.call)
     if bias is not None:
         output.add_(bias.view(1, -1, 1, 1))
     return output if input.dim() == 4 else output.squeeze(0)
 
 
 def _key(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_padding: Pair
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    output_padding: Pair,
+    flags: config.Flags | None,
 ) -> tuple[object, ...] | None:
     """All that the preparation reads; None for arguments that have no such properties."""
     try:
@@ -138,8 +148,8 @@ def _key(
             None if bias is None else (type(bias), bias.shape, bias.dtype, bias.device),
             geometry,
             output_padding,
-            config.tf32_allowed(),
-            config.policy(),
+            config.tf32_allowed(flags),
+            config.policy(flags),
             torch._C._get_cudnn_enabled(),
             threading.get_ident(),
         )
@@ -149,7 +159,12 @@ def _key(
 
 
 def _prepare(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, output_padding: Pair
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    output_padding: Pair,
+    flags: config.Flags | None,
 ) -> _Prepared:
     reason = _subclass_reason(input, weight, bias)
     if reason is not None:
@@ -161,7 +176,7 @@ def _prepare(
         return _Prepared(None, reason, geometry, size, (0, 0))
     appended = appended_rows(output_padding, geometry.stride)
     with torch.no_grad():
-        call = Call("dgrad", *_enter(input, weight, appended), geometry, size)
+        call = Call("dgrad", *_enter(input, weight, appended), geometry, size, flags)
     return _Prepared(call, None, geometry, size, appended)
 
 
@@ -208,10 +223,12 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _pytorch(reason: str, *arguments: Any) -> Tensor:
+def _pytorch(flags: config.Flags | None, reason: str, *arguments: Any) -> Tensor:
     """PyTorch's own operator, logged once for each reason, or the error that forbids it."""
-    if config.current().fallback == "error":
+    if config.effective(flags).fallback == "error":
         raise NotSupportedError(f"{reason}, and fallback='error' forbids PyTorch's own operator")
     if not torch.compiler.is_compiling():  # a log record would break the graph
         log.fallback(reason)
+        if watchers:
+            note(f"PyTorch's own operator runs: {reason}")
     return F.conv_transpose2d(*arguments)

@@ -1,16 +1,30 @@
-"""The logger ``dgrad``: silent until someone listens, or DGRAD_LOG=info|debug is set."""
+"""The logger ``dgrad``, silent until someone listens, and the file of JSON lines.
+
+``DGRAD_LOG=info|debug`` writes records to stderr; ``DGRAD_LOG_FILE`` names a file that gets one
+JSON object a line for each new selection (``selection.schema.json`` describes it).
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from datetime import datetime, timezone
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ._loader import cudnn_version
 from .selection import Candidate, Selection
 
+if TYPE_CHECKING:
+    from .config import Policy
+
 logger = logging.getLogger("dgrad")
 logger.addHandler(logging.NullHandler())
+
+_warned: dict[str, object] = {}  # what has been warned of
 
 _LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
 
@@ -29,21 +43,75 @@ def _configure() -> None:
         logger.warning("DGRAD_LOG is %r, expected info or debug; info is used", wanted)
 
 
-def selected(selection: Selection) -> None:
-    """One INFO line for a new selection, and a DEBUG line for each other candidate."""
+def selected(selection: Selection, policy: Policy) -> None:
+    """One INFO line for a new selection, a DEBUG line for each candidate, and the JSON line."""
     _configure()
+    _write_json(selection, policy)
     if not logger.isEnabledFor(logging.INFO):
         return
     logger.info("selected %s; cuDNN %s", selection, cudnn_version())
     if logger.isEnabledFor(logging.DEBUG):
-        for candidate in selection.candidates:
-            logger.debug("candidate %s: %s", candidate, selection.verdict(candidate))
+        for candidate, verdict in zip(selection.candidates, selection.verdicts(), strict=True):
+            logger.debug("candidate %s: %s", candidate, verdict)
+
+
+def record(selection: Selection, policy: Policy) -> dict[str, Any]:
+    """The whole record of a selection, as the file of JSON lines has it."""
+    return {
+        "format": 1,
+        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "gpu": torch.cuda.get_device_name(selection.problem.device),
+        "cudnn": cudnn_version(),
+        "flags": {
+            "selection": policy.selection,
+            "measure_budget": policy.measure_budget,
+            "algorithm": {direction: list(names) for direction, names in policy.algorithm},
+            "workspace_limit": policy.workspace_limit,
+            "deterministic": policy.deterministic,
+        },
+        **selection.to_dict(),
+    }
+
+
+def _write_json(selection: Selection, policy: Policy) -> None:
+    path = os.environ.get("DGRAD_LOG_FILE")
+    if not path:
+        return
+    line = json.dumps(record(selection, policy), separators=(",", ":")) + "\n"
+    try:
+        # One write to a file opened for appending: lines of several processes do not mix.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        warn_once(path, "DGRAD_LOG_FILE %s cannot be written: %s", path, error)
+
+
+def warn_once(about: str, message: str, *arguments: object) -> None:
+    """One WARNING for each thing that a process warns about."""
+    mine = object()
+    if _warned.setdefault(about, mine) is mine:  # atomic: one thread of several warns
+        _configure()
+        logger.warning(message, *arguments)
 
 
 def rejected(problem: object, candidate: Candidate) -> None:
     """One DEBUG line for a candidate that turned out not to run."""
     _configure()
     logger.debug("rejected %s for %s: %s", candidate, problem, candidate.rejected)
+
+
+@lru_cache(maxsize=1024)
+def captured(problem: object) -> None:
+    """One WARNING for a problem first met while a CUDA graph is captured."""
+    _configure()
+    logger.warning(
+        "nothing can be measured while a CUDA graph is captured: cuDNN's heuristic chooses for "
+        "%s; call dgrad.warm_up(model, *inputs) before the capture",
+        problem,
+    )
 
 
 @lru_cache(maxsize=1024)  # a reason can be the table of a problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .config import Flags
 from .functional import conv_transpose2d
 
 
@@ -21,10 +22,16 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
           + output_padding[0] + 1``, and the same for W
         - weight: (C_in, C_out / groups, kernel_size[0], kernel_size[1]); bias: (C_out,)
 
+    Attributes:
+        flags (dgrad.Flags or None): flags for this layer and its gradients over those of the
+            process, for example ``layer.flags = dgrad.Flags(selection="exhaustive")``.
+
     Raises:
         ValueError: an ``output_size`` that the layer cannot give.
         Others as :func:`dgrad.conv_transpose2d`.
     """
+
+    flags: Flags | None = None
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution of ``input``.
@@ -56,4 +63,5 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             output_padding,
             self.groups,
             self.dilation,
+            flags=self.flags,
         )

@@ -1,7 +1,7 @@
 """From a problem to a selection to a plan that runs: the only home of policy.
 
-What is known of a problem (its candidates, and which of them turned out not to run) is shared by
-all threads. A plan belongs to the thread and device that made it.
+What is known of a problem (its candidates, their times, and which turned out not to run) is
+shared by all threads. A plan belongs to the thread and device that made it.
 """
 
 from __future__ import annotations
@@ -12,48 +12,70 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import log
+from . import log, store
 from ._cache import BoundedCache
 from ._candidates import gather, make_plan
+from ._watch import note, watchers
 from .config import Policy
 from .exceptions import CudnnError, NotSupportedError, OutOfMemoryError, TorchOutOfMemoryError
+from .measure import Contestant, measure
 from .selection import Candidate, Selection, format_bytes, reasons_table, reproduction
 
 if TYPE_CHECKING:
     from ._core import Plan, Problem
 
+_NOISE = 1.03  # times this close are the same time
+_FAILURES = (CudnnError, TorchOutOfMemoryError)
+_ALLOCATION_FAILED = (4003, 4004)  # CUDNN_STATUS_INTERNAL_ERROR_HOST / DEVICE_ALLOCATION_FAILED
 
-class _Knowledge:
-    """The candidates of one problem in cuDNN's order, and the policies already announced."""
 
-    __slots__ = ("announced", "candidates")
+class Knowledge:
+    """What is known of one problem."""
 
-    def __init__(self, candidates: list[Candidate]) -> None:
+    __slots__ = ("candidates", "lock", "selections", "source", "uses")
+
+    def __init__(self, candidates: list[Candidate], source: str) -> None:
         self.candidates = candidates
-        self.announced: set[Policy] = set()
+        self.source = source  # of the times: "stored" or "measured"
+        self.selections: dict[Policy, Selection] = {}  # those that have run
+        self.uses = 0
+        self.lock = threading.Lock()  # held while measuring, so that one thread does
 
 
 class PlanCache(BoundedCache[Any, Any]):
     """Ready calls by thread, device, sizes, strides and flags: ``dgrad.plan_cache``."""
 
     def clear(self) -> None:
-        """Forget all plans, and which candidates were found not to run."""
+        """Forget all plans and all that was learned of their problems; the store stays."""
         super().clear()
         _known.clear()
 
 
-_known: BoundedCache[Problem, _Knowledge] = BoundedCache(max_size=4096)
+_known: BoundedCache[Problem, Knowledge] = BoundedCache(max_size=16384)
 _lock = threading.Lock()
 plan_cache = PlanCache(max_size=1024)
+
+
+def _knowledge(problem: Problem) -> Knowledge:
+    with _lock:
+        knowledge = _known.get(problem)
+        if knowledge is None:
+            stored = store.read(problem)
+            if stored is not None:
+                knowledge = Knowledge(stored, "stored")
+            else:
+                knowledge = Knowledge(gather(problem), "measured")
+            _known.put(problem, knowledge)
+        return knowledge
 
 
 def _objection(candidate: Candidate, direction: str, policy: Policy) -> str | None:
     """Why ``candidate`` may not run under ``policy``, or None."""
     if candidate.rejected is not None:
         return candidate.rejected
-    wanted = dict(policy.algorithm).get(direction)
-    if wanted is not None and candidate.name != wanted:
-        return f"algorithm={wanted!r} is asked for"
+    wanted = policy.wanted(direction)
+    if wanted and candidate.name not in wanted:
+        return f"algorithm={' or '.join(map(repr, wanted))} is asked for"
     if policy.deterministic and not candidate.deterministic:
         return "it is not deterministic, and deterministic algorithms are asked for"
     limit = policy.workspace_limit
@@ -65,20 +87,35 @@ def _objection(candidate: Candidate, direction: str, policy: Policy) -> str | No
     return None
 
 
-def _knowledge(problem: Problem) -> _Knowledge:
-    with _lock:
-        knowledge = _known.get(problem)
-        if knowledge is None:
-            knowledge = _Knowledge(gather(problem))
-            _known.put(problem, knowledge)
-        return knowledge
+def _preference(candidates: list[Candidate], direction: str, policy: Policy) -> list[int]:
+    """The candidates that may run, best first."""
+    usable = [i for i, c in enumerate(candidates) if _objection(c, direction, policy) is None]
+    wanted = policy.wanted(direction)
+    if wanted:
+        return sorted(usable, key=lambda i: wanted.index(candidates[i].name))
+    times = {i: candidates[i].time_ms for i in usable}
+    known = {i: time for i, time in times.items() if time is not None}
+    if policy.selection == "heuristic" or not known:
+        return usable
+    best = min(known.values())
+
+    def rank(i: int) -> tuple[float, ...]:
+        candidate, time = candidates[i], known.get(i)
+        if time is None:
+            return 2, i
+        if time > best * _NOISE:
+            return 1, time
+        # Within the noise the deterministic one and then the smaller workspace wins.
+        return 0, not candidate.deterministic, candidate.workspace_bytes, i
+
+    return sorted(usable, key=rank)
 
 
 class Runner:
     """Runs one problem under one policy, on the thread that made it.
 
-    The first usable candidate in cuDNN's order runs. One that fails, or whose workspace cannot
-    be had, is noted with the reason for all threads, and the next one takes its place.
+    The best usable candidate runs. One that fails, or whose workspace cannot be had, is noted
+    with the reason for all threads, and the next one takes its place.
     """
 
     __slots__ = (
@@ -89,6 +126,7 @@ class Runner:
         "_plan",
         "_policy",
         "_problem",
+        "_provisional",
         "_workspace_bytes",
     )
 
@@ -97,6 +135,7 @@ class Runner:
         self._policy = policy
         self._device = problem.device
         self._plan: Plan | None = None
+        self._provisional = False
 
     def run(self, x: int, w: int, y: int) -> None:
         """Queue the work on the current stream; the problem's device must be current.
@@ -108,85 +147,144 @@ class Runner:
             NotSupportedError: no candidate can run; OutOfMemoryError if memory is what lacks.
         """
         while True:
-            if self._plan is None:
-                self._choose()
+            if self._plan is None or self._provisional:
+                self._choose(x, w, y)
             assert self._plan is not None
-            size = self._workspace_bytes
             try:
-                workspace = (
-                    torch.empty(size, dtype=torch.uint8, device=f"cuda:{self._device}")
-                    if size
-                    else None
-                )
-                self._plan.execute(
-                    x,
-                    w,
-                    y,
-                    workspace.data_ptr() if workspace is not None else 0,
-                    torch._C._cuda_getCurrentRawStream(self._device),
-                )
-            except (CudnnError, TorchOutOfMemoryError) as error:
-                self._reject(error)
+                _execute(self._plan, self._workspace_bytes, self._device, x, w, y)
+            except _FAILURES as error:
+                self._reject(self._index, error)
+                self._plan = None
                 continue
+            self._knowledge.uses += 1
             if not self._announced:
                 self._announce()
+            if watchers:
+                note(self.selection())
             return
 
-    def _choose(self) -> None:
+    def _choose(self, x: int, w: int, y: int) -> None:
         problem, policy = self._problem, self._policy
         self._knowledge = knowledge = _knowledge(problem)
-        for index, candidate in enumerate(knowledge.candidates):
-            if _objection(candidate, problem.direction, policy) is not None:
-                continue
-            self._index = index
+        missing = self._untimed()
+        self._provisional = bool(missing) and torch.cuda.is_current_stream_capturing()
+        if self._provisional and self._plan is not None:
+            return
+        if missing and not self._provisional:
+            with knowledge.lock:
+                missing = self._untimed()  # another thread may have been first
+                if missing:
+                    self._measure(missing, x, w, y)
+        for index in _preference(knowledge.candidates, problem.direction, policy):
             try:
-                plan = make_plan(problem, candidate)
+                plan = self._make_plan(index)
             except CudnnError as error:
-                self._reject(error)
+                self._reject(index, error)
                 continue
-            # The heuristic's number is an estimate.
-            if plan.workspace_bytes != candidate.workspace_bytes:
-                candidate = replace(candidate, workspace_bytes=plan.workspace_bytes)
-                knowledge.candidates[index] = candidate
-                if _objection(candidate, problem.direction, policy) is not None:
-                    continue
-            self._plan = plan
+            if _objection(knowledge.candidates[index], problem.direction, policy) is not None:
+                continue  # the plan knows a larger workspace than the heuristic did
+            self._index, self._plan = index, plan
             self._workspace_bytes = plan.workspace_bytes
-            self._announced = policy in knowledge.announced
+            self._announced = policy in knowledge.selections
+            if self._provisional:
+                log.captured(problem)
             return
         raise self._nothing_usable()
 
-    def _reject(self, error: Exception) -> None:
-        """Note that the current candidate does not run, for all threads."""
-        out_of_memory = isinstance(error, TorchOutOfMemoryError)
-        candidate = self._knowledge.candidates[self._index]
-        reason = str(error).strip().splitlines()[0]
+    def _untimed(self) -> list[int]:
+        """The candidates to time before this policy can choose."""
+        policy, candidates = self._policy, self._knowledge.candidates
+        direction = self._problem.direction
+        if policy.selection == "heuristic" or policy.wanted(direction):
+            return []
+        usable = _preference(candidates, direction, policy)
+        if len(usable) < 2:
+            return []
+        again = policy.selection == "exhaustive"
+        return sorted(
+            i
+            for i in usable
+            if candidates[i].time_ms is None and (again or not candidates[i].skipped)
+        )
+
+    def _make_plan(self, index: int) -> Plan:
+        candidates = self._knowledge.candidates
+        plan = make_plan(self._problem, candidates[index])
+        if plan.workspace_bytes != candidates[index].workspace_bytes:
+            # The heuristic's number is an estimate.
+            candidates[index] = replace(candidates[index], workspace_bytes=plan.workspace_bytes)
+        return plan
+
+    def _measure(self, indices: list[int], x: int, w: int, y: int) -> None:
+        """Time candidates on the caller's tensors: the result is overwritten by the run after."""
+        problem, policy, knowledge = self._problem, self._policy, self._knowledge
+        contestants: dict[int, Contestant] = {}
+        for index in indices:
+            try:
+                plan = self._make_plan(index)
+            except CudnnError as error:
+                self._reject(index, error)
+                continue
+            if _objection(knowledge.candidates[index], problem.direction, policy) is None:
+                contestants[index] = Contestant(self._timed_run(plan, x, w, y))
+        budget_s = policy.measure_budget if policy.selection == "measure" else None
+        measure(list(contestants.values()), budget_s, _FAILURES)
+        for index, contestant in contestants.items():
+            if contestant.error is not None:
+                self._reject(index, contestant.error)
+            else:
+                time_ms = contestant.time_ms
+                knowledge.candidates[index] = replace(
+                    knowledge.candidates[index], time_ms=time_ms, skipped=time_ms is None
+                )
+        knowledge.source = "measured"
+        knowledge.selections.pop(policy, None)  # what ran in a capture is chosen anew
+        store.write(problem, knowledge.candidates)
+
+    def _timed_run(self, plan: Plan, x: int, w: int, y: int) -> Any:
+        size, device = plan.workspace_bytes, self._device
+        return lambda: _execute(plan, size, device, x, w, y)
+
+    def _reject(self, index: int, error: Exception) -> None:
+        """Note that a candidate does not run, for all threads."""
+        out_of_memory = isinstance(error, TorchOutOfMemoryError) or (
+            isinstance(error, CudnnError) and error.status in _ALLOCATION_FAILED
+        )
+        candidate = self._knowledge.candidates[index]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if out_of_memory:
             size = format_bytes(candidate.workspace_bytes)
             reason = f"out of memory: no room for its workspace of {size}: {reason}"
         candidate = replace(candidate, rejected=reason, out_of_memory=out_of_memory)
-        self._knowledge.candidates[self._index] = candidate
-        self._plan = None
+        self._knowledge.candidates[index] = candidate
         log.rejected(self._problem, candidate)
 
-    def _announce(self) -> None:
+    def selection(self) -> Selection:
+        """What this runner has chosen, and why."""
         knowledge, policy = self._knowledge, self._policy
-        self._announced = True
-        with _lock:
-            if policy in knowledge.announced:
-                return
-            knowledge.announced.add(policy)
         direction = self._problem.direction
         candidates = tuple(knowledge.candidates)
-        log.selected(
-            Selection(
-                problem=self._problem,
-                chosen=candidates[self._index],
-                candidates=candidates,
-                objections=tuple(_objection(c, direction, policy) for c in candidates),
-                source="forced" if direction in dict(policy.algorithm) else "heuristic",
-            )
+        source = knowledge.source
+        if policy.wanted(direction):
+            source = "forced"
+        elif policy.selection == "heuristic" or candidates[self._index].time_ms is None:
+            source = "heuristic"
+        return Selection(
+            problem=self._problem,
+            candidates=candidates,
+            chosen=self._index,
+            objections=tuple(_objection(c, direction, policy) for c in candidates),
+            source=source,
         )
+
+    def _announce(self) -> None:
+        self._announced = True
+        selection = self.selection()
+        with _lock:
+            if self._policy in self._knowledge.selections:
+                return
+            self._knowledge.selections[self._policy] = selection
+        log.selected(selection, self._policy)
 
     def _nothing_usable(self) -> NotSupportedError:
         problem, policy = self._problem, self._policy
@@ -200,7 +298,10 @@ class Runner:
                 ("allow_tf32", problem.tf32 if problem.dtype == "float32" else None),
                 ("deterministic", policy.deterministic or None),
                 ("workspace_limit", policy.workspace_limit),
-                ("algorithm", dict(policy.algorithm) or None),
+                (
+                    "algorithm",
+                    {d: n[0] if len(n) == 1 else list(n) for d, n in policy.algorithm} or None,
+                ),
                 ("fallback", "error"),
             )
             if value is not None
@@ -222,3 +323,24 @@ class Runner:
             f"To reproduce:\n\n{reproduction(problem, flags)}\n"
         )
         return OutOfMemoryError(message) if out_of_memory else NotSupportedError(message)
+
+
+def _execute(plan: Plan, size: int, device: int, x: int, w: int, y: int) -> None:
+    workspace = torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}") if size else None
+    plan.execute(
+        x,
+        w,
+        y,
+        workspace.data_ptr() if workspace is not None else 0,
+        torch._C._cuda_getCurrentRawStream(device),
+    )
+
+
+def selections() -> list[tuple[Selection, int]]:
+    """All selections of this process that have run, each with how often its problem was run."""
+    with _lock:
+        return [
+            (selection, knowledge.uses)
+            for knowledge in _known.values()
+            for selection in knowledge.selections.values()
+        ]

@@ -8,6 +8,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._core import Problem
 
+PROBLEM_FIELDS = (
+    "direction",
+    "dtype",
+    "tf32",
+    "layout",
+    "x",
+    "w",
+    "y",
+    "padding",
+    "stride",
+    "dilation",
+    "groups",
+    "alignment",
+    "device",
+)
+
 
 def format_bytes(count: int) -> str:
     """A size as people read it: 0 B, 512 B, 1.5 MiB, 4.0 GiB."""
@@ -17,6 +33,16 @@ def format_bytes(count: int) -> str:
             break
         size /= 1024
     return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def format_ms(time_ms: float) -> str:
+    """A time with three digits that count: 0.0213 ms, 5.21 ms."""
+    return f"{time_ms:.3g} ms"
+
+
+def problem_dict(problem: Problem) -> dict[str, Any]:
+    """The fields of a problem as plain data."""
+    return {name: getattr(problem, name) for name in PROBLEM_FIELDS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +55,8 @@ class Candidate:
         math_type: cuDNN's math type, for example "TENSOR_OP_MATH"; "FMA_MATH" is true float32.
         deterministic: whether cuDNN promises the same bits at each run.
         workspace_bytes: scratch memory that it takes, in bytes.
+        time_ms: measured time of one run in milliseconds, or None.
+        skipped: whether the budget was spent before its turn to be timed.
         rejected: why it cannot run at all, or None.
         out_of_memory: whether the reason is memory that could not be had.
     """
@@ -38,6 +66,8 @@ class Candidate:
     math_type: str
     deterministic: bool
     workspace_bytes: int
+    time_ms: float | None = None
+    skipped: bool = False
     rejected: str | None = None
     out_of_memory: bool = False
 
@@ -56,45 +86,122 @@ class Selection:
 
     Attributes:
         problem: what is computed.
-        chosen: the candidate that runs.
-        candidates: all candidates in cuDNN's order, with those that turned out not to run.
-        objections: why a candidate that could run may not, by the flags in force.
-        source: "heuristic" or "forced".
+        candidates: all candidates in cuDNN's order.
+        chosen: the index of the one that runs.
+        objections: why each candidate may not run under the flags in force, or None.
+        source: "forced" by a flag, "heuristic" (cuDNN's order), "measured" in this process, or
+            "stored" by an earlier one.
     """
 
     problem: Problem
-    chosen: Candidate
     candidates: tuple[Candidate, ...]
+    chosen: int
     objections: tuple[str | None, ...]
     source: str
 
-    def verdict(self, candidate: Candidate) -> str:
-        """Why ``candidate`` was chosen or not, in words."""
-        if candidate == self.chosen:
+    @property
+    def candidate(self) -> Candidate:
+        """The candidate that runs."""
+        return self.candidates[self.chosen]
+
+    def verdicts(self) -> list[str]:
+        """For each candidate why it was chosen or not, in words."""
+        return [self._verdict(index) for index in range(len(self.candidates))]
+
+    def _verdict(self, index: int) -> str:
+        candidate, objection = self.candidates[index], self.objections[index]
+        if index == self.chosen:
             return "chosen"
-        objection = self.objections[self.candidates.index(candidate)]
-        return f"rejected: {objection}" if objection else "later in cuDNN's order"
+        slower = self._slower(candidate)
+        if objection is not None:
+            return f"rejected: {objection}" + (f" ({slower})" if slower else "")
+        if slower:
+            return slower
+        if candidate.skipped:
+            return "not timed: the budget was spent"
+        return (
+            "later in the order asked for" if self.source == "forced" else "later in cuDNN's order"
+        )
+
+    def _slower(self, candidate: Candidate) -> str | None:
+        """How the candidate's time compares with the chosen one's, where both are known."""
+        if candidate.time_ms is None or self.candidate.time_ms is None:
+            return None
+        percent = (candidate.time_ms / self.candidate.time_ms - 1) * 100
+        if percent < 0:
+            return f"{-percent:.1f} % faster"
+        return f"{percent:.1f} % slower" if percent < 1000 else f"{percent / 100 + 1:.0f} times"
+
+    def _runner_up(self) -> str:
+        others = [
+            candidate
+            for index, candidate in enumerate(self.candidates)
+            if index != self.chosen
+            and self.objections[index] is None
+            and candidate.time_ms is not None
+        ]
+        if not others or self.candidate.time_ms is None:
+            return ""
+        second = min(others, key=lambda candidate: candidate.time_ms or 0.0)
+        return f", next {second} {self._slower(second)}"
+
+    def _over_limit(self) -> str:
+        """What a larger workspace_limit would bring, where that was measured."""
+        chosen = self.candidate
+        faster = [
+            candidate
+            for candidate, objection in zip(self.candidates, self.objections, strict=True)
+            if objection is not None
+            and "workspace_limit" in objection
+            and candidate.time_ms is not None
+            and chosen.time_ms is not None
+            and candidate.time_ms < chosen.time_ms
+        ]
+        if not faster:
+            return ""
+        best = min(faster, key=lambda candidate: candidate.time_ms or 0.0)
+        return (
+            f"; with {format_bytes(best.workspace_bytes)} of workspace {best} would take "
+            f"{format_ms(best.time_ms or 0.0)}"
+        )
+
+    def __str__(self) -> str:
+        chosen = self.candidate
+        kind = "deterministic" if chosen.deterministic else "not deterministic"
+        time = "" if chosen.time_ms is None else f"{format_ms(chosen.time_ms)}{self._runner_up()}, "
+        return (
+            f"{chosen} for {self.problem}: {time}workspace "
+            f"{format_bytes(chosen.workspace_bytes)}, {kind}, source {self.source} "
+            f"({self.chosen + 1} of {len(self.candidates)} in cuDNN's order){self._over_limit()}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """The selection as plain data."""
+        """The selection as plain data; ``dgrad/selection.schema.json`` describes it."""
         return {
-            "problem": str(self.problem),
-            "chosen": asdict(self.chosen),
+            "problem": problem_dict(self.problem),
             "candidates": [
-                asdict(candidate) | {"verdict": self.verdict(candidate)}
-                for candidate in self.candidates
+                asdict(candidate) | {"verdict": verdict}
+                for candidate, verdict in zip(self.candidates, self.verdicts(), strict=True)
             ],
+            "chosen": self.chosen,
             "source": self.source,
         }
 
-    def __str__(self) -> str:
-        chosen = self.chosen
-        kind = "deterministic" if chosen.deterministic else "not deterministic"
-        place = self.candidates.index(chosen) + 1
-        return (
-            f"{chosen} for {self.problem}: workspace {format_bytes(chosen.workspace_bytes)}, "
-            f"{kind}, source {self.source} ({place} of {len(self.candidates)})"
-        )
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows of text, the header first: one row for each candidate."""
+        header = ("candidate", "layout", "workspace", "time", "deterministic", "verdict")
+        rows = [
+            (
+                str(candidate),
+                self.problem.layout,
+                format_bytes(candidate.workspace_bytes),
+                "" if candidate.time_ms is None else format_ms(candidate.time_ms),
+                "yes" if candidate.deterministic else "no",
+                verdict,
+            )
+            for candidate, verdict in zip(self.candidates, self.verdicts(), strict=True)
+        ]
+        return [header, *rows]
 
 
 def reasons_table(candidates: list[tuple[Candidate, str]]) -> str:

@@ -1,0 +1,69 @@
+"""What all commands of `python -m dgrad` share: their parsers, and how results are printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+Commands = Any  # argparse does not name the type of its sub-parsers in public
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    """Add the command `name`; `run` gets its arguments and returns the exit code."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def refuse(command: str, reason: object) -> int:
+    """Say on stderr why a command cannot be done; the exit code for that."""
+    print(f"{command}: {reason}", file=sys.stderr)
+    return 2
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] | None = None
+) -> None:
+    """Print with lines on a terminal, plainly elsewhere; a narrow one wraps, but nothing is cut.
+
+    `right` names the columns that are aligned at the right: by default all but the first.
+    """
+    console = Console(highlight=False)
+    lines = box.SIMPLE if console.is_terminal and header else None
+    table = Table(*[""] * len(rows[0]), box=lines, show_header=bool(header), pad_edge=False)
+    right = header[1:] if right is None else right
+    for i, column in enumerate(table.columns):
+        column.header = Text(header[i]) if header else ""
+        column.no_wrap = True
+        column.justify = "right" if header and header[i] in right else "left"
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: a path may hold [brackets]
+    unlimited = console.options.update(max_width=1_000_000)
+    console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
+    console.print(table, crop=False, soft_wrap=False)

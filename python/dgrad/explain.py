@@ -1,0 +1,159 @@
+"""What would run and why, and selecting it ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+from torch import Tensor
+
+from ._watch import Event, watching
+from .selection import Selection
+
+
+class Explanation:
+    """The selections that one run used, in order of first use, and why PyTorch ran the rest.
+
+    Attributes:
+        selections (list of Selection): one for each problem; forward before gradients.
+        notes (list of str): why PyTorch's own operator ran, where it did.
+    """
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        by_problem: dict[Any, Selection] = {}
+        notes: dict[str, None] = {}
+        for event in events:
+            if isinstance(event, Selection):
+                by_problem[event.problem] = event
+            else:
+                notes[event] = None
+        self.selections = list(by_problem.values())
+        self.notes = list(notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the selections' ``to_dict`` and the notes."""
+        return {
+            "selections": [selection.to_dict() for selection in self.selections],
+            "notes": self.notes,
+        }
+
+    def table(self) -> list[list[tuple[str, ...]]]:
+        """For each selection its rows of text, the header first."""
+        return [selection.table() for selection in self.selections]
+
+    def __str__(self) -> str:
+        blocks = [
+            f"{selection.problem}\n{_aligned(selection.table())}" for selection in self.selections
+        ]
+        return "\n\n".join(blocks + self.notes) or "no transposed convolution ran"
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def explain(
+    call: Callable[..., Any], *inputs: Any, backward: bool = False, **keywords: Any
+) -> Explanation:
+    """What runs for ``call(*inputs)``, what was chosen, and why each other candidate was not.
+
+    The call is run once, so that a problem that is new is selected as it would be. Gradients,
+    buffers, random numbers and the inputs stay as they are.
+
+    Args:
+        call: a layer, a model, or any function that ends in dgrad's convolutions.
+        inputs, keywords: its arguments.
+        backward: run the gradients too. Default False.
+    """
+    with watching() as events:
+        _rehearse(call, inputs, keywords, backward)
+    return Explanation(events)
+
+
+def warm_up(
+    call: Callable[..., Any], *inputs: Any, backward: bool = True, **keywords: Any
+) -> Explanation:
+    """Select all that ``call(*inputs)`` uses, before serving or capturing a CUDA graph.
+
+    Runs the call once, with gradients for its parameters and inputs that require them, and shows
+    progress on a terminal. Gradients, buffers, random numbers and the inputs stay as they are.
+
+    Args:
+        call: a layer or a model.
+        inputs, keywords: its arguments, of the shapes, types and layouts that will be used.
+        backward: select for the gradients too. Default True.
+    """
+    console = Console(stderr=True)
+    progress = Progress(
+        SpinnerColumn(), TextColumn("selecting {task.fields[count]}"), console=console
+    )
+    with watching() as events, progress:
+        task = progress.add_task("", count="", visible=console.is_terminal)
+
+        def show(module: Any, _arguments: Any, _output: Any) -> None:
+            progress.update(task, count=f"{type(module).__name__}: {len(events)} calls so far")
+
+        hooks = [
+            module.register_forward_hook(show)
+            for module in _modules(call)
+            if isinstance(module, torch.nn.ConvTranspose2d)
+        ]
+        try:
+            _rehearse(call, inputs, keywords, backward)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return Explanation(events)
+
+
+def _modules(call: object) -> Iterable[torch.nn.Module]:
+    return call.modules() if isinstance(call, torch.nn.Module) else ()
+
+
+def _rehearse(
+    call: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any], backward: bool
+) -> None:
+    with _undisturbed(call), torch.set_grad_enabled(backward):
+        output = call(*inputs, **keywords)
+        if not backward:
+            return
+        outputs = [t for t in _tensors(output) if t.requires_grad]
+        sources = [t for t in _tensors((inputs, keywords)) if t.requires_grad and t.is_leaf]
+        sources += [p for m in _modules(call) for p in m.parameters(False) if p.requires_grad]
+        sources = list({id(t): t for t in sources}.values())
+        if outputs and sources:
+            gradients = [torch.ones_like(t) for t in outputs]
+            torch.autograd.grad(outputs, sources, gradients, allow_unused=True)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+
+
+@contextmanager
+def _undisturbed(call: object) -> Iterator[None]:
+    """Put buffers and random numbers back to what they were."""
+    buffers = [(b, b.clone()) for m in _modules(call) for b in m.buffers(False)]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)

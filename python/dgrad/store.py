@@ -1,0 +1,307 @@
+"""The candidates of each problem on disk, with their times, so that each is measured only once.
+
+One small JSON file per problem, in a folder named by what makes its times worthless: the GPU's
+name and compute capability, cuDNN's version, the format's. ``DGRAD_STORE`` names another root
+folder or is ``off``; the default is ``dgrad`` in the user's cache folder.
+
+Note [Store]
+A file is written under a temporary name and renamed into place, so that readers find all of an
+entry or none, whoever is killed, on any number of processes and hosts, without locks. What is
+read is data that anybody may have spoiled: what is not exactly as expected counts as absent,
+with one warning. Neither reading nor writing raises into a forward pass.
+"""
+
+from __future__ import annotations
+
+import builtins  # `list` is a public name of this module
+import errno
+import json
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _loader, log
+from ._stored import (
+    MAX_BYTES,
+    canonical,
+    decode,
+    durable,
+    encode,
+    file_name,
+    text_of,
+    to_json,
+    validated,
+)
+from .selection import Candidate
+
+if TYPE_CHECKING:
+    from ._core import Problem
+
+    Candidates = builtins.list[Candidate]
+
+_FORMAT = 1  # another one where a stored candidate gets another meaning
+_FOLDER = re.compile(rf"[A-Za-z0-9.-]{{1,100}}_sm[0-9]{{2,4}}_cudnn-[0-9.]{{5,20}}_v{_FORMAT}")
+_FILE = re.compile(r"[0-9a-f]{32}\.json")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.json\.[0-9a-f]{16}\.tmp")
+_STALE_S = 3600.0  # a temporary file this old was left by a process that died
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # ESTALE: replaced by another NFS client
+
+_swept: set[Path] = set()  # folders whose stale files this process has removed
+
+
+def path() -> Path | None:
+    """The root folder in use, which need not exist, or None if the store is off."""
+    wanted = os.environ.get("DGRAD_STORE", "")
+    if wanted.strip().lower() == "off":
+        return None
+    if wanted:
+        return Path(os.path.expanduser(wanted))
+    for variable, below in (("XDG_CACHE_HOME", ()), ("HOME", (".cache",))):
+        folder = os.environ.get(variable, "")
+        if os.path.isabs(folder):
+            return Path(folder, *below, "dgrad")
+    log.warn_once(
+        "HOME", "selections are not stored: HOME is not set; DGRAD_STORE can name a folder"
+    )
+    return None
+
+
+def read(problem: Problem) -> Candidates | None:
+    """What is stored of a problem for its GPU and this cuDNN, or None. Raises nothing."""
+    root = path()
+    if root is None:
+        return None
+    folder = root / _folder_name(problem.device)
+    if not (_trusted(root) and _trusted(folder)):
+        return None
+    entry = _read_entry(folder / file_name(problem), problem)
+    return entry[1] if entry else None
+
+
+def write(problem: Problem, candidates: Sequence[Candidate]) -> None:
+    """Remember the candidates of a problem, with times in milliseconds. Raises nothing.
+
+    A rejection for want of memory is left out: it says nothing of another moment. Candidates of
+    which none may run are not remembered: what failed them all may not last either.
+    """
+    root = path()
+    kept = [durable(candidate) for candidate in candidates]
+    if root is None or all(candidate.rejected is not None for candidate in kept):
+        return
+    try:
+        data = encode(problem, kept)
+        _save(root / _folder_name(problem.device), file_name(problem), data)
+    except ValueError as error:
+        log.warn_once(str(problem), "the selection for %s is not stored: it %s", problem, error)
+    except OSError as error:
+        log.warn_once(str(root), "selections are not stored in %r: %s", str(root), error)
+
+
+def list() -> builtins.list[dict[str, Any]]:
+    """All entries, of every GPU and cuDNN, by folder.
+
+    Each is a dict of the ``problem`` as text, the ``best`` candidate as text and its ``time_ms``
+    in milliseconds (None where nothing was timed; no flag is looked at), ``folder`` and ``file``.
+
+    Raises:
+        OSError: a folder cannot be read. RuntimeError: there is no cuDNN here.
+    """
+    found = []
+    for file, problem, candidates in _entries(path()):
+        timed = [(c.time_ms, str(c)) for c in candidates if c.time_ms and c.rejected is None]
+        time_ms, best = min(timed, default=(None, None))
+        entry = {"problem": text_of(problem), "best": best, "time_ms": time_ms}
+        found.append(entry | {"folder": file.parent.name, "file": str(file)})
+    return found
+
+
+def export(file: str | os.PathLike[str]) -> int:
+    """Write all entries, of every GPU and cuDNN, to one JSON file; the number of entries.
+
+    Raises:
+        OSError: the file cannot be written. RuntimeError: the store is off, or no cuDNN is here.
+    """
+    folders: dict[str, builtins.list[Any]] = {}
+    for entry, problem, candidates in _entries(_require_path()):
+        folders.setdefault(entry.parent.name, []).append(to_json(problem, candidates))
+    Path(file).write_text(json.dumps({"format": _FORMAT, "folders": folders}) + "\n")
+    return sum(map(len, folders.values()))
+
+
+def load(file: str | os.PathLike[str]) -> int:
+    """Add all entries of an exported file to the store; the number of entries.
+
+    An entry replaces a stored one of the same problem, GPU and cuDNN. Entries of another GPU or
+    cuDNN are kept for export and never used here. A process that knows a problem already keeps
+    what it knows until ``dgrad.plan_cache.clear()``.
+
+    Raises:
+        ValueError: the file is no export, or an entry of it is not valid; nothing is added.
+        OSError: the file cannot be read, or the store cannot be written.
+        RuntimeError: the store is off, or there is no cuDNN here.
+    """
+    root = _require_path()
+    checked = [*_exported(Path(file))]
+    for folder, name, data in checked:
+        _save(root / folder, name, data)
+    return len(checked)
+
+
+def forget(matching: str | None = None) -> int:
+    """Remove entries of every GPU and cuDNN; the number of entries removed.
+
+    A process that knows a problem already keeps what it knows until ``dgrad.plan_cache.clear()``.
+
+    Args:
+        matching: a part of the problem's text as :func:`list` gives it, such as "float16"; with
+            None every entry goes, also those that cannot be read.
+
+    Raises:
+        OSError: a file cannot be removed. RuntimeError: there is no cuDNN here.
+    """
+    if matching is None:
+        files = [
+            folder / name
+            for folder in _folders(path())
+            for name in os.listdir(folder)
+            if _FILE.fullmatch(name) or _TEMPORARY.fullmatch(name)
+        ]
+    else:
+        files = [file for file, problem, _ in _entries(path()) if matching in text_of(problem)]
+    for file in files:  # the folders stay: another process may be about to write there
+        file.unlink(missing_ok=True)
+    return sum(file.suffix == ".json" for file in files)
+
+
+def _folder_name(device: int) -> str:
+    """What the times of a device hold for. Its index is no part of it."""
+    gpu = torch.cuda.get_device_properties(device)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", gpu.name)[:100]
+    return f"{name}_sm{gpu.major}{gpu.minor}_cudnn-{_loader.cudnn_version()}_v{_FORMAT}"
+
+
+def _require_path() -> Path:
+    root = path()
+    if root is None:
+        raise RuntimeError("the store is off: DGRAD_STORE can name a folder")
+    return root
+
+
+def _require_own(folder: Path) -> None:
+    """PermissionError for another user's folder: who can write it chooses what runs here."""
+    owner = os.stat(folder).st_uid
+    if owner != os.geteuid():
+        raise PermissionError(errno.EPERM, f"The folder belongs to user {owner}", str(folder))
+
+
+def _trusted(folder: Path) -> bool:
+    """Whether a folder is there and is the user's own; one warning if it is not to be used."""
+    try:
+        _require_own(folder)
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            log.warn_once(str(path()), "selections in %r are not used: %s", str(folder), error)
+        return False
+    return True
+
+
+def _folders(root: Path | None) -> builtins.list[Path]:
+    names = sorted(os.listdir(root)) if root and _trusted(root) else []
+    found = [Path(root or "", name) for name in names if _FOLDER.fullmatch(name)]
+    return [folder for folder in found if _trusted(folder)]
+
+
+def _entries(root: Path | None) -> Iterator[tuple[Path, Problem, Candidates]]:
+    for folder in _folders(root):
+        for name in sorted(os.listdir(folder)):
+            entry = _read_entry(folder / name) if _FILE.fullmatch(name) else None
+            if entry is not None:
+                yield folder / name, *entry
+
+
+def _read_entry(file: Path, problem: Problem | None = None) -> tuple[Problem, Candidates] | None:
+    """The content of a file, or None: with one warning, unless there is no file."""
+    try:
+        found = validated(decode(_read_file(file)), problem)
+        if file.name != file_name(found[0]):
+            raise ValueError("is for another problem")
+        return found
+    except OSError as error:
+        if error.errno not in _ABSENT:
+            log.warn_once(str(file), "a stored selection cannot be read: %s", error)
+    except (ValueError, RecursionError) as error:
+        log.warn_once(str(file), "the stored selection %r is not used: it %s", str(file), error)
+    return None
+
+
+def _read_file(file: Path) -> bytes:
+    # Neither a link nor a pipe that nobody writes to may lead or hold the reader elsewhere.
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is not a regular file")
+        if status.st_uid != os.geteuid():
+            raise ValueError(f"belongs to user {status.st_uid}")
+        return os.read(descriptor, MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
+
+
+def _save(folder: Path, name: str, data: bytes) -> None:
+    """Put a file into place. Raises OSError, and leaves nothing then."""
+    for each in (folder.parent, folder):
+        for missing in reversed([p for p in (each, *each.parents) if not p.exists()]):
+            with suppress(FileExistsError):  # another process was first
+                missing.mkdir(mode=0o700)
+        _require_own(each)
+    temporary = folder / f".{name}.{secrets.token_hex(8)}.tmp"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with open(descriptor, "wb") as stream:
+            stream.write(data)
+        os.replace(temporary, folder / name)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    if folder not in _swept:
+        _swept.add(folder)
+        with suppress(OSError):
+            _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left that died while writing."""
+    for name in filter(_TEMPORARY.fullmatch, os.listdir(folder)):
+        if time.time() - os.lstat(folder / name).st_mtime > _STALE_S:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _exported(file: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Folder, file name and content of each entry of an export; ValueError if one is bad."""
+    try:
+        content = json.loads(file.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not an export of the store: {error!s:.200}") from None
+    if type(content) is not dict or content.keys() != {"format", "folders"}:
+        raise ValueError(f"{file} is not an export of the store")
+    if canonical(content["format"]) != str(_FORMAT) or type(content["folders"]) is not dict:
+        raise ValueError(f"{file} is not an export of format {_FORMAT}")
+    for folder, entries in content["folders"].items():
+        if not _FOLDER.fullmatch(folder) or type(entries) is not builtins.list:
+            raise ValueError(f"{file} has entries of {folder!r:.200}, which is no GPU and cuDNN")
+        for number, entry in enumerate(entries):
+            try:
+                problem, candidates = validated(entry)
+                yield folder, file_name(problem), encode(problem, candidates)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{file}: entry {number} of {folder} {error}") from None

@@ -1,0 +1,210 @@
+"""What tune reads: logs of selections, lists of layers, models; and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dgrad
+from dgrad import _call, _layers, config
+from dgrad.cli import main
+from pretended import LAYERS, MODEL, Pretended, pretend, problem, record, selection, told
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("DGRAD_STORE", str(tmp_path / "store"))
+    monkeypatch.delenv("DGRAD_LOG_FILE", raising=False)
+    dgrad.plan_cache.clear()
+    yield
+    dgrad.plan_cache.clear()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[..., str]:
+    """Write a file: text, a list as JSON, or JSON lines."""
+
+    def write(content: str | list[Any], name: str = "what.json") -> str:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
+    return pretend(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "expected a JSON list of layers, one JSON object a line"),
+        ("not JSON\n12\n", "expected a JSON list of layers, one JSON object a line"),
+        ("[]", "the list is empty"),
+        ("[" * 20_000, "what.json: "),
+        ("[{]", "what.json: "),
+        ("\udcff", "what.json: "),
+    ],
+)
+def test_tune_refuses_a_file_without_entries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, words: str
+) -> None:
+    path = tmp_path / "what.json"
+    path.write_text(content, encoding="utf-8", errors="surrogateescape")
+    assert main(["tune", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("tune: ")
+    assert words in err
+
+
+def test_tune_refuses_a_file_that_is_not_there_and_wrong_arguments(
+    capsys: pytest.CaptureFixture[str], file: Callable[..., str]
+) -> None:
+    assert main(["tune", "nowhere.json"]) == 2
+    assert "tune: nowhere.json: no such file" in capsys.readouterr().err
+    for wrong in (["--limit", "0"], ["--selection", "heuristic"], ["--no-such"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["tune", file(LAYERS), *wrong])
+        assert caught.value.code == 2
+        assert wrong[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "dtypes"),
+    [
+        ("fp32", [torch.float32]),
+        ("fp16 (AMP)", [torch.float16]),
+        ("fp32 or amp fp16", [torch.float32, torch.float16]),
+        ("fp16/bf16", [torch.float16, torch.bfloat16]),
+        ("float64", [torch.float64]),
+    ],
+)
+def test_a_layer_is_taken_in_each_dtype_that_it_names(text: str, dtypes: list[torch.dtype]) -> None:
+    assert [layer.dtype for layer in _layers.layers(LAYERS[0] | {"dtype": text})] == dtypes
+
+
+def test_a_recorded_problem_is_made_again_from_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    made_by_others = problem(stride=(1, 1), alignment=8)
+
+    def explain(_convolution: object, *arguments: Any) -> dgrad.Explanation:
+        [(runner, _, _)] = _call.Call(*arguments)._parts
+        made.append(runner._problem)
+        return dgrad.Explanation([selection(made[-1])])
+
+    real = torch.randn
+    monkeypatch.setattr(_layers, "explain", explain)
+    monkeypatch.setattr(torch, "randn", lambda *sizes, dtype, device: real(*sizes, dtype=dtype))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+    strided = {"x": (2, 6, 12, 20), "w": (4, 3, 3, 5), "y": (2, 4, 6, 6), "stride": (2, 3)}
+    for changes in (
+        {},
+        {"direction": "fprop", "layout": "nhwc", "dtype": "bfloat16", "tf32": False},
+        {"direction": "wgrad", "tf32": False, "alignment": 8},
+        {"dtype": "float16", "tf32": False, "alignment": 2, "layout": "nhwc"},
+        strided | {"groups": 2, "padding": (1, 0), "x": (2, 6, 12, 20), "dtype": "float64"},
+        {"x": (2, 1, 1, 1), "w": (4, 1, 1, 1), "y": (2, 4, 1, 1), "layout": "nhwc"},
+    ):
+        tf32 = {"tf32": False} if changes.get("dtype") == "float64" else {}
+        wanted = problem(**(changes | tf32))
+        _layers.run_problem(wanted)
+        assert made.pop() == wanted
+    monkeypatch.setattr(config, "tf32_allowed", lambda flags: False)
+    with pytest.raises(RuntimeError, match=r"another problem runs here.*\['tf32'\]"):
+        _layers.run_problem(made_by_others)
+
+
+def test_tune_names_what_fails_and_goes_on(
+    pretended: Pretended, capsys: pytest.CaptureFixture[str], file: Callable[..., str]
+) -> None:
+    spoiled = json.loads(record(problem()))
+    wrong: list[tuple[Any, str]] = [
+        ({"name": "short", "N": 1}, "entry 1 (short): the layer lacks C_in, H, W, C_out, kernel"),
+        (LAYERS[0] | {"dtype": "int8"}, "entry 2 (net/up1): dtype is 'int8', expected one of"),
+        (LAYERS[0] | {"kernel": "3x3"}, "entry 3 (net/up1): kernel is '3x3', expected an integer"),
+        (LAYERS[0] | {"N": 1.5}, "entry 4 (net/up1): N is 1.5, expected an integer"),
+        (LAYERS[0] | {"groups": 3}, "entry 5 (net/up1): out_channels is 8, expected a multiple"),
+        ("text", "entry 6: expected a layer or a record of a selection, not 'text'"),
+        ({"problem": {"x": 1}}, "entry 7: problem is not an object of direction, dtype"),
+        ({"problem": spoiled["problem"] | {"x": "big"}}, "entry 8: problem has a field of a wrong"),
+        ({"problem": spoiled["problem"] | {"groups": 5}}, "entry 9: groups is 5, expected"),
+        ({"problem": spoiled["problem"] | {"direction": None}}, "entry 10: problem has a field"),
+    ]
+    path = file([*(entry for entry, _ in wrong), LAYERS[0]])
+    assert main(["tune", path, "--json"]) == 1
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert summary["new"] == 1
+    told_lines = [f"{entry['where']}: {entry['reason']}" for entry in summary["failed"]]
+    assert len(told_lines) == len(wrong)
+    for line, (_, words) in zip(told_lines, wrong, strict=True):
+        assert line.startswith(words)
+        assert f"tune: {line}\n" in err
+
+
+def test_tune_names_the_line_that_is_no_json(
+    pretended: Pretended, capsys: pytest.CaptureFixture[str], file: Callable[..., str]
+) -> None:
+    assert main(["tune", file("\n{half a rec\n" + record(problem())), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["new"] == 1
+    assert "tune: line 2: not JSON: " in err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("class Model", "class Other", "the file lacks Model"),
+        ("import torch\n", "import no_such_module\n", "cannot be imported at line 2"),
+        ("return [8]", "return [0.5]", "Model(*get_init_inputs()) failed"),
+    ],
+)
+def test_tune_refuses_a_wrong_model(
+    pretended: Pretended,
+    capsys: pytest.CaptureFixture[str],
+    file: Callable[..., str],
+    old: str,
+    new: str,
+    words: str,
+) -> None:
+    path = file(MODEL.replace(old, new), "model.py")
+    assert main(["tune", path]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"tune: {path}: " in err
+    assert words in err
+
+
+def test_tune_takes_a_log_line_by_line(
+    pretended: Pretended, capsys: pytest.CaptureFixture[str], file: Callable[..., str]
+) -> None:
+    elsewhere = problem(device=3, direction="wgrad")
+    path = file("\n".join([record(elsewhere), "", record(elsewhere), record(problem(groups=1))]))
+    assert main(["tune", path, "--json"]) == 0
+    assert pretended.stored == {problem(direction="wgrad"), problem()}
+    assert told(capsys)["new"] == 2
+    pretended.stored.clear()
+    assert main(["tune", path, "--json", "--limit", "1", "--backward"]) == 0
+    assert pretended.stored == {problem(direction=d) for d in ("dgrad", "fprop", "wgrad")}
+
+
+def test_tune_reads_the_fields_of_a_layer(pretended: Pretended, file: Callable[..., str]) -> None:
+    assert main(["tune", file(LAYERS[1:2])]) == 0
+    assert pretended.asked[0][0] == _layers.Layer(
+        (2, 8, 5, 6),
+        4,
+        (4, 4),
+        stride=(2, 2),
+        padding=(1, 1),
+        groups=2,
+        bias=True,
+        dtype=torch.float16,
+    )
