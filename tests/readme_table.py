@@ -45,9 +45,21 @@ def log_line(record: dict[str, Any]) -> str:
     return f"```\n[dgrad] {case['selected'][0]}\n```"
 
 
+def host_table(record: dict[str, Any]) -> str:
+    """The host's time of one call of the smallest layer."""
+    lines = ["| tiny layer | bias | PyTorch, us | dgrad, us | ratio |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {case['call']} | {'yes' if case['bias'] else 'no'} | {case['pytorch_us']:.1f} | "
+        f"{case['dgrad_us']:.1f} | {case['ratio']:.1f} |"
+        for case in record["cases"]
+        if case["layer"] == "tiny"
+    ]
+    return "\n".join(lines)
+
+
 def updated(readme: str) -> str:
     """The README's text with every marked part made again."""
-    for kind, make in (("table", table), ("log", log_line)):
+    for kind, make in (("table", table), ("log", log_line), ("host", host_table)):
         pattern = rf"(<!-- {kind}: (\S+) -->\n).*?(<!-- end -->)"
 
         def replacement(match: re.Match[str], make: Any = make) -> str:

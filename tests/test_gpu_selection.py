@@ -136,7 +136,7 @@ def test_two_threads_that_meet_the_same_problem_measure_it_once(
     assert all(relative_error(y, expected) < 2e-3 for y in results)
 
 
-def test_another_limit_or_determinism_needs_no_new_measuring(
+def test_another_limit_determinism_or_precision_needs_no_new_measuring(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, w = tensors((8, 64, 128, 128), (64, 64, 3, 3))
@@ -147,8 +147,11 @@ def test_another_limit_or_determinism_needs_no_new_measuring(
             dgrad.conv_transpose2d(x, w)
         with dgrad.flags(workspace_limit=0):
             dgrad.conv_transpose2d(x, w)
+        with dgrad.flags(allow_tf32=False):
+            dgrad.conv_transpose2d(x, w)
     chosen = [selection.candidate for selection, _ in dgrad.selections()]
-    assert len(chosen) == 3
+    assert len(chosen) == 4
+    assert chosen[3].math_type == "FMA_MATH"
     assert chosen[1].deterministic
     assert chosen[2].workspace_bytes == 0
 

@@ -85,6 +85,9 @@ class FakeCore:
         self.attempts: list[str] = []
         self.ran: list[tuple[str, int, int, int, int]] = []
 
+    def Problem(self, **fields: Any) -> FakeProblem:
+        return FakeProblem(**fields)
+
     def legacy_algorithms(self, direction: str) -> list[str]:
         return ["ALGO_0", "ALGO_1"]
 
@@ -107,7 +110,7 @@ class FakeCore:
         return FakePlan(self, algorithm, self.true_workspace_bytes.get(algorithm, estimated))
 
     def empty(self, size: int, **options: Any) -> Any:
-        assert options == {"dtype": torch.uint8, "device": "cuda:0"}
+        assert options == {"dtype": torch.uint8, "device": 0}
         if size > self.free_bytes:
             raise TorchOutOfMemoryError(f"CUDA out of memory. Tried to allocate {size}.\nAnd so on")
         return SimpleNamespace(data_ptr=lambda: 4096)
@@ -174,14 +177,15 @@ def test_a_runner_plans_once_and_runs_often(start: Start) -> None:
 
 def test_cudnn_is_asked_once_for_each_problem(start: Start) -> None:
     core = start(FakeResult("ALGO_1"))
+    problem = FakeProblem(dtype="float64", tf32=False)
     for _ in range(3):
-        run()
-        run(deterministic=True)
+        run(problem)
+        run(problem, deterministic=True)
     assert core.heuristics == 1
-    run(FakeProblem(groups=2))
+    run(replace(problem, groups=2))
     assert core.heuristics == 2
     dgrad.plan_cache.clear()
-    run()
+    run(problem)
     assert core.heuristics == 3
 
 
@@ -590,6 +594,32 @@ def test_what_the_budget_left_out_is_timed_by_exhaustive_only(
     run(selection="exhaustive")
     assert measured[1] == ["FFT"]
     assert names(core) == ["ALGO_1", "ALGO_1", "FFT"]
+
+
+def test_forbidding_tf32_needs_no_new_measuring(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(
+        FakeResult("ALGO_1"), FakeResult("ALGO_0", "FMA_MATH"), FakeResult("FFT", "FMA_MATH")
+    )
+    measured = fake_times(monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 3.0, "FFT": 2.0})
+    run(FakeProblem(tf32=True), selection="measure")
+    run(FakeProblem(tf32=False), selection="measure")
+    assert measured == [["ALGO_1", "ALGO_0", "FFT"]]
+    assert names(core) == ["ALGO_1", "FFT"]
+
+
+def test_allowing_tf32_measures_what_it_adds_only(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(
+        FakeResult("ALGO_1"), FakeResult("ALGO_0", "FMA_MATH"), FakeResult("FFT", "FMA_MATH")
+    )
+    measured = fake_times(monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 3.0, "FFT": 2.0})
+    run(FakeProblem(tf32=False), selection="measure")
+    run(FakeProblem(tf32=True), selection="measure")
+    assert measured == [["ALGO_0", "FFT"], ["ALGO_1"]]
+    assert names(core) == ["FFT", "ALGO_1"]
 
 
 def test_one_usable_candidate_is_not_timed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from . import _loader
 from .exceptions import CudnnBadParameterError, CudnnNotSupportedError
-from .selection import Candidate
+from .selection import Candidate, problem_dict
 
 if TYPE_CHECKING:
     from ._core import Plan, Problem
@@ -16,7 +16,27 @@ _HALF_TYPES = ("float16", "bfloat16")
 
 
 def gather(problem: Problem) -> list[Candidate]:
-    """All candidates of a problem in cuDNN's order. Needs the device."""
+    """All candidates of a problem in cuDNN's order. Needs the device.
+
+    Where float32 may run in tf32, those of strict float32 follow: they may run too, and once
+    timed they need no timing when tf32 is forbidden.
+    """
+    candidates = _asked(problem)
+    if problem.tf32:
+        known = {(c.algorithm, c.math_type) for c in candidates}
+        strict = _asked(other_precision(problem))
+        candidates += [c for c in strict if (c.algorithm, c.math_type) not in known]
+    return candidates
+
+
+def other_precision(problem: Problem) -> Problem:
+    """The same float32 problem with tf32 forbidden if it is allowed, allowed if forbidden."""
+    fields = problem_dict(problem) | {"tf32": not problem.tf32}
+    other: Problem = _loader.require().Problem(**fields)
+    return other
+
+
+def _asked(problem: Problem) -> list[Candidate]:
     core = _loader.require()
     try:
         results = core.legacy_heuristic(problem)

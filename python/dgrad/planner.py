@@ -14,7 +14,7 @@ import torch
 
 from . import log, store
 from ._cache import BoundedCache
-from ._candidates import gather, make_plan
+from ._candidates import gather, make_plan, other_precision
 from ._watch import note, watchers
 from .config import Policy
 from .exceptions import CudnnError, NotSupportedError, OutOfMemoryError, TorchOutOfMemoryError
@@ -64,9 +64,30 @@ def _knowledge(problem: Problem) -> Knowledge:
             if stored is not None:
                 knowledge = Knowledge(stored, "stored")
             else:
-                knowledge = Knowledge(gather(problem), "measured")
+                knowledge = _borrowed(problem, gather(problem))
             _known.put(problem, knowledge)
         return knowledge
+
+
+def _borrowed(problem: Problem, candidates: list[Candidate]) -> Knowledge:
+    """New candidates, with the times that the same float32 problem has in the other precision."""
+    source, times = "measured", {}
+    if problem.dtype == "float32":
+        other = other_precision(problem)
+        known = _known.get(other)
+        if known is None:
+            stored = store.read(other)
+            known = Knowledge(stored, "stored") if stored is not None else None
+        if known is not None:
+            source = known.source
+            times = {(c.algorithm, c.math_type): c.time_ms for c in known.candidates}
+    return Knowledge(
+        [
+            c if c.rejected else replace(c, time_ms=times.get((c.algorithm, c.math_type)))
+            for c in candidates
+        ],
+        source,
+    )
 
 
 def _objection(candidate: Candidate, direction: str, policy: Policy) -> str | None:
@@ -326,7 +347,8 @@ class Runner:
 
 
 def _execute(plan: Plan, size: int, device: int, x: int, w: int, y: int) -> None:
-    workspace = torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}") if size else None
+    # An index as the device means CUDA, and formats no text.
+    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
     plan.execute(
         x,
         w,
