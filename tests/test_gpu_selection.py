@@ -105,6 +105,19 @@ def test_measuring_leaves_no_trace() -> None:
     assert torch.equal(torch.cuda.get_rng_state(), device)
 
 
+def test_the_workspaces_that_were_tried_are_given_back() -> None:
+    x, w = tensors((8, 64, 256, 256), (64, 64, 3, 3))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with dgrad.flags(selection="exhaustive"):
+        y = dgrad.conv_transpose2d(x, w)
+    selection = only_selection()
+    tried = max(c.workspace_bytes for c in selection.candidates if c.time_ms is not None)
+    used = y.untyped_storage().nbytes() + selection.candidate.workspace_bytes
+    assert tried > 2 * used
+    assert torch.cuda.memory_reserved() - before < used + 64 * 2**20
+
+
 def test_two_threads_that_meet_the_same_problem_measure_it_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -519,7 +519,7 @@ def fake_times(monkeypatch: pytest.MonkeyPatch, times: dict[str, float | None]) 
     monkeypatch.setattr(Runner, "_timed_run", named)
     monkeypatch.setattr(planner, "measure", measure)
     planner.torch.cuda = SimpleNamespace(  # type: ignore[misc, assignment]
-        is_current_stream_capturing=lambda: False
+        is_current_stream_capturing=lambda: False, memory_reserved=lambda device: 0
     )
     return measured
 

@@ -249,7 +249,11 @@ class Runner:
             if _objection(knowledge.candidates[index], problem.direction, policy) is None:
                 contestants[index] = Contestant(self._timed_run(plan, x, w, y))
         budget_s = policy.measure_budget if policy.selection == "measure" else None
+        reserved = torch.cuda.memory_reserved(self._device)
         measure(list(contestants.values()), budget_s, _FAILURES)
+        if torch.cuda.memory_reserved(self._device) > reserved:
+            # The allocator would keep the workspaces of all that were tried.
+            torch.cuda.empty_cache()
         for index, contestant in contestants.items():
             if contestant.error is not None:
                 self._reject(index, contestant.error)
