@@ -246,6 +246,30 @@ def test_gradients_that_are_expanded_or_negated_are_read_right() -> None:
             torch.testing.assert_close(given_, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(0, "fprop"), (1, "wgrad")])
+def test_only_what_autograd_grad_asks_for_is_computed(
+    asked: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    run = _fallback.run
+
+    def noted(direction: str, *rest: Any) -> Tensor:
+        ran.append(direction)
+        return run(direction, *rest)
+
+    monkeypatch.setattr(_fallback, "run", noted)
+    leaves = [
+        torch.randn(size, dtype=torch.float64, requires_grad=True)
+        for size in ((1, 2, 3, 3), (2, 2, 2, 2))
+    ]
+    geometry = Geometry((0, 0), (1, 1), (1, 1), 1)
+    output = convolution("dgrad", *leaves, geometry, (4, 4))
+    (found,) = torch.autograd.grad(output.sum(), [leaves[asked]])
+    assert ran == ["dgrad", expected]
+    wanted = torch.autograd.grad(F.conv_transpose2d(*leaves).sum(), [leaves[asked]])[0]
+    assert torch.allclose(found, wanted)
+
+
 class CallByPyTorch:
     """Stands for a call of cuDNN: the same directions, by PyTorch's operators."""
 

@@ -106,7 +106,7 @@ def test_measuring_leaves_no_trace() -> None:
 
 
 def test_the_workspaces_that_were_tried_are_given_back() -> None:
-    x, w = tensors((8, 64, 256, 256), (64, 64, 3, 3))
+    x, w = tensors((16, 64, 128, 128), (64, 64, 3, 5))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     with dgrad.flags(selection="exhaustive"):
@@ -114,7 +114,7 @@ def test_the_workspaces_that_were_tried_are_given_back() -> None:
     selection = only_selection()
     tried = max(c.workspace_bytes for c in selection.candidates if c.time_ms is not None)
     used = y.untyped_storage().nbytes() + selection.candidate.workspace_bytes
-    assert tried > 2 * used
+    assert tried > used + 64 * 2**20, "nothing to give back"
     assert torch.cuda.memory_reserved() - before < used + 64 * 2**20
 
 

@@ -109,8 +109,8 @@ class FakeCore:
         )
         return FakePlan(self, algorithm, self.true_workspace_bytes.get(algorithm, estimated))
 
-    def empty(self, size: int, **options: Any) -> Any:
-        assert options == {"dtype": torch.uint8, "device": 0}
+    def storage(self, size: int, device: torch.device) -> Any:
+        assert device == torch.device("cuda", 0)
         if size > self.free_bytes:
             raise TorchOutOfMemoryError(f"CUDA out of memory. Tried to allocate {size}.\nAnd so on")
         return SimpleNamespace(data_ptr=lambda: 4096)
@@ -128,7 +128,12 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         core = FakeCore(*results)
         monkeypatch.setattr(_candidates, "_loader", SimpleNamespace(require=lambda: core))
         driver = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 77)
-        fake_torch = SimpleNamespace(empty=core.empty, uint8=torch.uint8, _C=driver)
+        fake_torch = SimpleNamespace(
+            UntypedStorage=core.storage,
+            device=torch.device,
+            _C=driver,
+            cuda=SimpleNamespace(is_current_stream_capturing=lambda: False),
+        )
         monkeypatch.setattr(planner, "torch", fake_torch)
         return core
 
@@ -494,6 +499,44 @@ def test_a_selection_is_plain_data() -> None:
     ]  # fmt: skip
     assert data["source"] == "forced"
     assert selection == replace(selection)
+
+
+def test_a_replaced_candidate_is_announced(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
+    runner = Runner(FakeProblem(), HEURISTIC)  # type: ignore[arg-type]
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        runner.run(1, 2, 3)
+        core.failing["ALGO_1"] = cudnn_error(3000, "no longer", "cudnnConvolution", "")
+        runner.run(1, 2, 3)
+    assert [line.split()[1] for line in messages(caplog, logging.INFO)] == [
+        "legacy:ALGO_1", "legacy:ALGO_0",
+    ]  # fmt: skip
+    ((selection, _),) = dgrad.selections()
+    assert selection.candidate.name == "legacy:ALGO_0"
+
+
+def test_a_cudnn_that_does_not_start_is_no_fault_of_the_candidates(start: Start) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
+    failure = cudnn_error(1001, "cudnnCreate returned 1001", "cudnnCreate", "")
+    core.unplannable = {"ALGO_1": failure, "ALGO_0": failure}
+    with pytest.raises(dgrad.CudnnNotInitializedError):
+        run()
+    core.unplannable = {}
+    run()
+    assert names(core) == ["ALGO_1"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"deterministic": True}, {"allow_tf32": False}, {"workspace_limit": 0}, {"algorithm": "a:b"}],
+    ids=str,
+)
+def test_what_a_flag_asks_for_is_not_left_to_pytorch(flags: dict[str, Any]) -> None:
+    assert not config.commands("dgrad")
+    with dgrad.flags(**flags):
+        assert config.commands("dgrad")
+    assert config.commands("dgrad", dgrad.Flags(**flags))
+    assert config.commands("wgrad", dgrad.Flags(**flags)) is ("algorithm" not in flags)
 
 
 # --- measured times -----------------------------------------------------------------------------

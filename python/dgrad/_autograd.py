@@ -40,12 +40,15 @@ def convolution(
         flags: flags over the process's, also for the gradients.
         call: the call made ready for these tensors, if the caller has it.
     """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        # Gradients of many vectors at once: the tensors have no memory of their own.
+        return _fallback.run(direction, a, b, geometry, size)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         result: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
             a, b, direction, geometry, size, flags, call
         )
         return result
-    if call is None and not (a.is_cuda and a.dtype in DTYPES):
+    if call is None and not (a.is_cuda and a.dtype in DTYPES and torch._C._get_cudnn_enabled()):
         return _fallback.run(direction, a, b, geometry, size)
     return (call or call_for(direction, a, b, geometry, size, flags))(a, b)
 
@@ -92,10 +95,18 @@ class _Convolution(Function):
         values = dict(zip(slots, (a, b), strict=True)) | {OUTPUT[ctx.direction]: grad}
 
         def gradient(index: int) -> Tensor | None:
-            if not ctx.needs_input_grad[index]:
+            if not (ctx.needs_input_grad[index] and _is_asked(ctx.next_functions[index][0])):
                 return None
             direction = _MAKES[slots[index]]
             first, second = (values[slot] for slot in INPUTS[direction])
             return convolution(direction, first, second, ctx.geometry, ctx.sizes[index], ctx.flags)
 
         return gradient(0), gradient(1), None, None, None, None, None
+
+
+def _is_asked(node: Any) -> bool:
+    """Whether the backward pass under way has a use for the gradient that goes to ``node``."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient torch.autograd.grad was asked for
+        return True

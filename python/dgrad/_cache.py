@@ -57,6 +57,13 @@ class BoundedCache(Generic[K, V]):
             self._entries.move_to_end(key)
             self._trim()
 
+    def put_new(self, key: K, value: V) -> V:
+        """Put an entry unless there is one; the entry that is there then."""
+        with self._lock:
+            kept = self._entries.setdefault(key, value)
+            self._trim()
+            return kept
+
     def values(self) -> list[V]:
         with self._lock:
             return list(self._entries.values())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _fallback, _loader, config, log
 from ._geometry import Geometry, Pair, is_channels_last
+from ._watch import note, watchers
 from .config import Flags
 from .exceptions import NotSupportedError, OutOfMemoryError
 from .planner import Runner, plan_cache
@@ -71,7 +72,7 @@ class Call:
         "_may_fall_back",
         "_out_shape",
         "_parts",
-        "_runs_in_pytorch",
+        "_reason",
         "_single",
     )
 
@@ -87,8 +88,8 @@ class Call:
         core = _loader.require()
         policy = config.policy(flags)
         self._arguments = (direction, geometry, size)
-        self._may_fall_back = policy.fallback == "pytorch" and not policy.wanted(direction)
-        self._runs_in_pytorch = False
+        self._may_fall_back = policy.fallback == "pytorch" and not config.commands(direction, flags)
+        self._reason: str | None = None  # why PyTorch runs it
         self._device: int = a.get_device()
         self._format = memory_format(a, b)
         self._a_is_dense = a.is_contiguous(memory_format=self._format)
@@ -137,8 +138,10 @@ class Call:
         self._single = self._parts[0][0] if len(self._parts) == 1 else None
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        if self._runs_in_pytorch:
+        if self._reason is not None:
             direction, geometry, size = self._arguments
+            if watchers:
+                note(f"PyTorch's own operator runs: {self._reason}")
             return _fallback.run(direction, a, b, geometry, size)
         try:
             return self._run(a, b)
@@ -147,8 +150,8 @@ class Call:
         except NotSupportedError as error:
             if not self._may_fall_back:
                 raise
-            log.fallback(str(error))
-        self._runs_in_pytorch = True
+            self._reason = str(error)
+            log.fallback(self._reason)
         return self(a, b)
 
     def _run(self, a: Tensor, b: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .selection import Selection
 
 Event = Selection | str
+
+_lock = threading.Lock()
 
 watchers: list[list[Event]] = []  # empty but while someone watches, so that a call pays nothing
 
@@ -22,8 +25,10 @@ def note(event: Event) -> None:
 def watching() -> Iterator[list[Event]]:
     """The events of the block, in order of time."""
     events: list[Event] = []
-    watchers.append(events)
+    with _lock:
+        watchers.append(events)
     try:
         yield events
     finally:
-        watchers[:] = [other for other in watchers if other is not events]
+        with _lock:
+            watchers[:] = [other for other in watchers if other is not events]

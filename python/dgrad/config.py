@@ -33,7 +33,8 @@ class Flags:
         selection (str): "measure" (default) times the candidates of a new problem within
             ``measure_budget``; "exhaustive" times all; "heuristic" times nothing and takes the
             first usable one in cuDNN's order.
-        measure_budget (float): seconds that "measure" may take for a problem, default 0.3.
+        measure_budget (float): seconds that "measure" may take for a problem, default 0.3. What
+            was not reached in that time is timed by "exhaustive" only, also in later processes.
         algorithm (str, sequence or dict): the only algorithms to use, in order of preference,
             such as "legacy:ALGO_1". They command the transposed convolution alone; a dict from
             direction ("dgrad", "fprop", "wgrad") commands each.
@@ -43,7 +44,8 @@ class Flags:
             ``torch.backends.cudnn.deterministic`` or ``torch.use_deterministic_algorithms``.
         allow_tf32 (bool): let float32 run in tf32. Default:
             ``torch.backends.cudnn.conv.fp32_precision`` (``allow_tf32`` before PyTorch 2.9).
-        fallback (str): "pytorch" (default) lets PyTorch run what dgrad cannot; "error" raises
+        fallback (str): "pytorch" (default) lets PyTorch run what dgrad cannot, unless a flag
+            above asks for what PyTorch might not keep to; "error" raises
             :class:`dgrad.NotSupportedError` instead.
 
     Raises:
@@ -104,8 +106,9 @@ def _seconds(name: str, value: object) -> float:
 def _bytes(name: str, value: object) -> int:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        if match and match[2] in _UNITS:
-            return int(float(match[1]) * _UNITS[match[2]])
+        count = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else math.inf
+        if count < math.inf:
+            return int(count)
     elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError(
@@ -188,6 +191,17 @@ def effective(layer: Flags | None = None) -> Flags:
         return _flags
     own = {entry.name: getattr(layer, entry.name) for entry in fields(Flags)}
     return replace(_flags, **{name: value for name, value in own.items() if value is not None})
+
+
+def commands(direction: str, layer: Flags | None = None) -> bool:
+    """Whether dgrad's own flags ask for what PyTorch's operator might not keep to."""
+    now = effective(layer)
+    return bool(
+        dict(now.algorithm or ()).get(direction)
+        or now.deterministic
+        or now.allow_tf32 is False
+        or now.workspace_limit is not None
+    )
 
 
 def policy(layer: Flags | None = None) -> Policy:

@@ -67,7 +67,8 @@ def explain(
     """What runs for ``call(*inputs)``, what was chosen, and why each other candidate was not.
 
     The call is run once, so that a problem that is new is selected as it would be. Gradients,
-    buffers, random numbers and the inputs stay as they are.
+    buffers and PyTorch's random numbers stay as they are, and so do the inputs unless the call
+    itself writes to them.
 
     Args:
         call: a layer, a model, or any function that ends in dgrad's convolutions.
@@ -85,7 +86,8 @@ def warm_up(
     """Select all that ``call(*inputs)`` uses, before serving or capturing a CUDA graph.
 
     Runs the call once, with gradients for its parameters and inputs that require them, and shows
-    progress on a terminal. Gradients, buffers, random numbers and the inputs stay as they are.
+    progress on a terminal. Gradients, buffers and PyTorch's random numbers stay as they are, and
+    so do the inputs unless the call itself writes to them.
 
     Args:
         call: a layer or a model.
@@ -94,10 +96,13 @@ def warm_up(
     """
     console = Console(stderr=True)
     progress = Progress(
-        SpinnerColumn(), TextColumn("selecting {task.fields[count]}"), console=console
+        SpinnerColumn(),
+        TextColumn("selecting {task.fields[count]}"),
+        console=console,
+        disable=not console.is_terminal,
     )
     with watching() as events, progress:
-        task = progress.add_task("", count="", visible=console.is_terminal)
+        task = progress.add_task("", count="")
 
         def show(module: Any, _arguments: Any, _output: Any) -> None:
             progress.update(task, count=f"{type(module).__name__}: {len(events)} calls so far")
@@ -147,13 +152,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _undisturbed(call: object) -> Iterator[None]:
-    """Put buffers and random numbers back to what they were."""
-    buffers = [(b, b.clone()) for m in _modules(call) for b in m.buffers(False)]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    """Put buffers and PyTorch's random numbers back to what they were."""
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in _modules(call)
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                # .data: a graph that has saved the buffer must not take it for a changed one.
+                if not torch.equal(buffer, before):
+                    with torch.inference_mode(buffer.is_inference()):
+                        buffer.data.copy_(before)

@@ -79,8 +79,9 @@ def conv_transpose2d(
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
     ):
-        reason = "torch.compile, export, trace, forward-mode AD or torch.func is at work"
+        reason = "compiling, tracing, forward-mode AD, torch.func or a dispatch mode is at work"
         return _pytorch(
             flags, reason, input, weight, bias, stride, padding, output_padding, groups, dilation
         )

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from datetime import datetime, timezone
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +29,11 @@ _warned: dict[str, object] = {}  # what has been warned of
 _LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
 
 
-@cache
 def _configure() -> None:
     # At the first record and not at import, so that a program can still set the variable.
+    mine = object()
     wanted = os.environ.get("DGRAD_LOG", "").strip().lower()
-    if not wanted:
+    if not wanted or _warned.setdefault("DGRAD_LOG", mine) is not mine:
         return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))

@@ -23,10 +23,16 @@ class Contestant:
         self.samples_ms: list[float] = []
         self.error: Exception | None = None
 
+    def fail(self, error: Exception) -> None:
+        # Its traceback would hold the workspace while the others are timed.
+        self.error = error.with_traceback(None)
+
     @property
     def time_ms(self) -> float | None:
         """The median of one run in milliseconds, None if it was not timed or failed."""
-        return statistics.median(self.samples_ms) if self.samples_ms and not self.error else None
+        if self.error is not None or not self.samples_ms:
+            return None
+        return max(statistics.median(self.samples_ms), 1e-6)  # events can give 0
 
 
 def measure(
@@ -53,7 +59,7 @@ def measure(
             _sample(contestant, 1)  # loads kernels; tells nothing about the next run
             contestant.samples_ms = [_sample(contestant, 1)]
         except errors as error:
-            contestant.error = error
+            contestant.fail(error)
     timed = [contestant for contestant in contestants if contestant.time_ms is not None]
     if not timed:
         return
@@ -82,7 +88,7 @@ def _sample_in_rounds(
             try:
                 contestant.samples_ms.append(_sample(contestant, runs[id(contestant)]))
             except errors as error:
-                contestant.error = error
+                contestant.fail(error)
     for contestant in timed:
         if not contestant.samples_ms:
             contestant.samples_ms = [first[id(contestant)]]

@@ -17,7 +17,15 @@ from ._cache import BoundedCache
 from ._candidates import gather, make_plan, other_precision
 from ._watch import note, watchers
 from .config import Policy
-from .exceptions import CudnnError, NotSupportedError, OutOfMemoryError, TorchOutOfMemoryError
+from .exceptions import (
+    CudnnError,
+    CudnnExecutionError,
+    CudnnInternalError,
+    CudnnNotInitializedError,
+    NotSupportedError,
+    OutOfMemoryError,
+    TorchOutOfMemoryError,
+)
 from .measure import Contestant, measure
 from .selection import Candidate, Selection, format_bytes, reasons_table, reproduction
 
@@ -26,20 +34,41 @@ if TYPE_CHECKING:
 
 _NOISE = 1.03  # times this close are the same time
 _FAILURES = (CudnnError, TorchOutOfMemoryError)
+_PASSING = (CudnnExecutionError, CudnnInternalError)  # may not last: not for the store
 _ALLOCATION_FAILED = (4003, 4004)  # CUDNN_STATUS_INTERNAL_ERROR_HOST / DEVICE_ALLOCATION_FAILED
 
 
 class Knowledge:
-    """What is known of one problem."""
+    """What is known of one problem, shared by all threads."""
 
-    __slots__ = ("candidates", "lock", "selections", "source", "uses")
+    __slots__ = ("_lock", "candidates", "measuring", "selections", "source", "uses")
 
     def __init__(self, candidates: list[Candidate], source: str) -> None:
         self.candidates = candidates
         self.source = source  # of the times: "stored" or "measured"
         self.selections: dict[Policy, Selection] = {}  # those that have run
         self.uses = 0
-        self.lock = threading.Lock()  # held while measuring, so that one thread does
+        self.measuring = threading.Lock()  # so that one thread measures
+        self._lock = threading.Lock()
+
+    def update(self, index: int, **changes: Any) -> Candidate:
+        """Put changes into one candidate; other threads may change it at the same time."""
+        with self._lock:
+            candidate = replace(self.candidates[index], **changes)
+            self.candidates[index] = candidate
+            return candidate
+
+    def ran(self, policy: Policy, selection: Selection) -> bool:
+        """Note what runs under a policy; whether that is new."""
+        with self._lock:
+            return self.selections.setdefault(policy, selection) is selection
+
+    def forget(self, policy: Policy | None = None, chosen: int | None = None) -> None:
+        """Forget what ran under a policy, or what chose a candidate."""
+        with self._lock:
+            self.selections = {
+                p: s for p, s in self.selections.items() if p != policy and s.chosen != chosen
+            }
 
 
 class PlanCache(BoundedCache[Any, Any]):
@@ -52,21 +81,17 @@ class PlanCache(BoundedCache[Any, Any]):
 
 
 _known: BoundedCache[Problem, Knowledge] = BoundedCache(max_size=16384)
-_lock = threading.Lock()
 plan_cache = PlanCache(max_size=1024)
 
 
 def _knowledge(problem: Problem) -> Knowledge:
-    with _lock:
-        knowledge = _known.get(problem)
-        if knowledge is None:
-            stored = store.read(problem)
-            if stored is not None:
-                knowledge = Knowledge(stored, "stored")
-            else:
-                knowledge = _borrowed(problem, gather(problem))
-            _known.put(problem, knowledge)
-        return knowledge
+    knowledge = _known.get(problem)
+    if knowledge is None:
+        # Two threads may both look; what the first one puts is what both use.
+        stored = store.read(problem)
+        found = Knowledge(stored, "stored") if stored else _borrowed(problem, gather(problem))
+        knowledge = _known.put_new(problem, found)
+    return knowledge
 
 
 def _borrowed(problem: Problem, candidates: list[Candidate]) -> Knowledge:
@@ -154,7 +179,7 @@ class Runner:
     def __init__(self, problem: Problem, policy: Policy) -> None:
         self._problem = problem
         self._policy = policy
-        self._device = problem.device
+        self._device = torch.device("cuda", problem.device)
         self._plan: Plan | None = None
         self._provisional = False
 
@@ -174,6 +199,8 @@ class Runner:
             try:
                 _execute(self._plan, self._workspace_bytes, self._device, x, w, y)
             except _FAILURES as error:
+                if isinstance(error, CudnnError) and torch.cuda.is_current_stream_capturing():
+                    raise  # of the capture, perhaps, and not of the candidate
                 self._reject(self._index, error)
                 self._plan = None
                 continue
@@ -192,7 +219,7 @@ class Runner:
         if self._provisional and self._plan is not None:
             return
         if missing and not self._provisional:
-            with knowledge.lock:
+            with knowledge.measuring:
                 missing = self._untimed()  # another thread may have been first
                 if missing:
                     self._measure(missing, x, w, y)
@@ -229,11 +256,10 @@ class Runner:
         )
 
     def _make_plan(self, index: int) -> Plan:
-        candidates = self._knowledge.candidates
-        plan = make_plan(self._problem, candidates[index])
-        if plan.workspace_bytes != candidates[index].workspace_bytes:
-            # The heuristic's number is an estimate.
-            candidates[index] = replace(candidates[index], workspace_bytes=plan.workspace_bytes)
+        candidate = self._knowledge.candidates[index]
+        plan = make_plan(self._problem, candidate)
+        if plan.workspace_bytes != candidate.workspace_bytes:  # the heuristic's is an estimate
+            self._knowledge.update(index, workspace_bytes=plan.workspace_bytes)
         return plan
 
     def _measure(self, indices: list[int], x: int, w: int, y: int) -> None:
@@ -259,12 +285,12 @@ class Runner:
                 self._reject(index, contestant.error)
             else:
                 time_ms = contestant.time_ms
-                knowledge.candidates[index] = replace(
-                    knowledge.candidates[index], time_ms=time_ms, skipped=time_ms is None
-                )
+                knowledge.update(index, time_ms=time_ms, skipped=time_ms is None)
         knowledge.source = "measured"
-        knowledge.selections.pop(policy, None)  # what ran in a capture is chosen anew
-        store.write(problem, knowledge.candidates)
+        knowledge.forget(policy=policy)  # what ran in a capture is chosen anew
+        errors = [contestant.error for contestant in contestants.values()]
+        if not any(isinstance(error, _PASSING) for error in errors):
+            store.write(problem, list(knowledge.candidates))
 
     def _timed_run(self, plan: Plan, x: int, w: int, y: int) -> Any:
         size, device = plan.workspace_bytes, self._device
@@ -272,6 +298,8 @@ class Runner:
 
     def _reject(self, index: int, error: Exception) -> None:
         """Note that a candidate does not run, for all threads."""
+        if isinstance(error, CudnnNotInitializedError):
+            raise error  # cuDNN does not start: no fault of the candidate
         out_of_memory = isinstance(error, TorchOutOfMemoryError) or (
             isinstance(error, CudnnError) and error.status in _ALLOCATION_FAILED
         )
@@ -280,8 +308,8 @@ class Runner:
         if out_of_memory:
             size = format_bytes(candidate.workspace_bytes)
             reason = f"out of memory: no room for its workspace of {size}: {reason}"
-        candidate = replace(candidate, rejected=reason, out_of_memory=out_of_memory)
-        self._knowledge.candidates[index] = candidate
+        self._knowledge.forget(chosen=index)
+        candidate = self._knowledge.update(index, rejected=reason, out_of_memory=out_of_memory)
         log.rejected(self._problem, candidate)
 
     def selection(self) -> Selection:
@@ -305,11 +333,8 @@ class Runner:
     def _announce(self) -> None:
         self._announced = True
         selection = self.selection()
-        with _lock:
-            if self._policy in self._knowledge.selections:
-                return
-            self._knowledge.selections[self._policy] = selection
-        log.selected(selection, self._policy)
+        if self._knowledge.ran(self._policy, selection):
+            log.selected(selection, self._policy)
 
     def _nothing_usable(self) -> NotSupportedError:
         problem, policy = self._problem, self._policy
@@ -338,9 +363,7 @@ class Runner:
             and _objection(replace(candidate, rejected=None), problem.direction, policy) is None
         ]
         for index in lacking:  # with nothing else to run, memory is worth another look
-            self._knowledge.candidates[index] = replace(
-                reasons[index][0], rejected=None, out_of_memory=False
-            )
+            self._knowledge.update(index, rejected=None, out_of_memory=False)
         out_of_memory = bool(lacking)
         what = "is out of memory for" if out_of_memory else "has no usable candidate for"
         message = (
@@ -350,23 +373,22 @@ class Runner:
         return OutOfMemoryError(message) if out_of_memory else NotSupportedError(message)
 
 
-def _execute(plan: Plan, size: int, device: int, x: int, w: int, y: int) -> None:
-    # An index as the device means CUDA, and formats no text.
-    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+def _execute(plan: Plan, size: int, device: torch.device, x: int, w: int, y: int) -> None:
+    # A storage and not a tensor, which deterministic algorithms would fill at each call.
+    workspace = torch.UntypedStorage(size, device=device) if size else None
     plan.execute(
         x,
         w,
         y,
         workspace.data_ptr() if workspace is not None else 0,
-        torch._C._cuda_getCurrentRawStream(device),
+        torch._C._cuda_getCurrentRawStream(device.index),
     )
 
 
 def selections() -> list[tuple[Selection, int]]:
     """All selections of this process that have run, each with how often its problem was run."""
-    with _lock:
-        return [
-            (selection, knowledge.uses)
-            for knowledge in _known.values()
-            for selection in knowledge.selections.values()
-        ]
+    return [
+        (selection, knowledge.uses)
+        for knowledge in _known.values()
+        for selection in list(knowledge.selections.values())
+    ]

@@ -47,7 +47,11 @@ std::vector<HeuristicResult> heuristic(const Problem& problem) {
         for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
             const auto& result = results[i];
             const auto algorithm = static_cast<std::size_t>(result.algo);
-            if (algorithm >= api.names.size()) continue;  // newer than the headers built against
+            // Newer than the headers built against.
+            if (algorithm >= api.names.size() ||
+                static_cast<std::size_t>(result.mathType) >= math_type_names.size()) {
+                continue;
+            }
             const bool runs = result.status == CUDNN_STATUS_SUCCESS;
             found.push_back({api.names[algorithm], math_type_name(result.mathType),
                              result.determinism == CUDNN_DETERMINISTIC, runs ? result.memory : 0,
