@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,28 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def _no_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's own store; those of the store name a folder."""
     monkeypatch.setenv("DGRAD_STORE", "off")
+
+
+@pytest.fixture
+def own_store(_no_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A store of the test's own, and nothing known of any problem."""
+    monkeypatch.setenv("DGRAD_STORE", str(tmp_path / "store"))
+    monkeypatch.delenv("DGRAD_LOG_FILE", raising=False)
+    dgrad.plan_cache.clear()
+    yield tmp_path / "store"
+    dgrad.plan_cache.clear()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[..., str]:
+    """Write a file: text, a list as JSON, or JSON lines."""
+
+    def write(content: str | list[Any], name: str = "what.json") -> str:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
 
 
 @pytest.fixture(autouse=True)

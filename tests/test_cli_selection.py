@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,26 +15,7 @@ from dgrad._watch import note
 from dgrad.cli import main
 from pretended import LAYER, LAYERS, MODEL, Pretended, pretend, problem, selection, told
 
-
-@pytest.fixture(autouse=True)
-def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DGRAD_STORE", str(tmp_path / "store"))
-    monkeypatch.delenv("DGRAD_LOG_FILE", raising=False)
-    dgrad.plan_cache.clear()
-    yield
-    dgrad.plan_cache.clear()
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Callable[..., str]:
-    """Write a file: text, a list as JSON, or JSON lines."""
-
-    def write(content: str | list[Any], name: str = "what.json") -> str:
-        path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return str(path)
-
-    return write
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 @pytest.fixture

@@ -196,9 +196,11 @@ def test_the_order_is_cudnns_and_the_first_usable_one_runs(selections: list[Sele
     assert len(selections) == 3 * (2 * len(TOLERANCES) - 1)  # float64 is NCHW in both layouts
     for selection in selections:
         told = _loader.require().legacy_heuristic(selection.problem)
-        assert [(c.algorithm, c.math_type) for c in selection.candidates] == [
+        # Where tf32 is allowed, those of strict float32 follow.
+        assert [(c.algorithm, c.math_type) for c in selection.candidates[: len(told)]] == [
             (result.algorithm, result.math_type) for result in told
         ]
+        assert all(c.math_type == "FMA_MATH" for c in selection.candidates[len(told) :])
         assert selection.source == "heuristic"
         place = selection.chosen
         for earlier in selection.candidates[:place]:
@@ -424,7 +426,7 @@ def test_out_of_memory_is_told_apart_and_asked_for_again(
     size = output.numel() * output.element_size()
     del output
     forced, need = greediest(selections[0])
-    assert need > 64 * _MIB, "no algorithm of this problem needs a large workspace here"
+    assert need > 16 * _MIB, "no algorithm of this problem needs a large workspace here"
     dgrad.plan_cache.clear()
     selections.clear()
     leave_room_for(size + need // 2)

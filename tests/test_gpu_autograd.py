@@ -130,6 +130,7 @@ def test_only_asked_gradients_are_computed(
     assert ran == [direction]
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's own layer too
 def test_gradients_of_many_vectors_at_once_are_pytorchs() -> None:
     x = torch.randn(2, 3, 4, 4, device="cuda", dtype=torch.float64, requires_grad=True)
     w = torch.randn(3, 2, 3, 3, device="cuda", dtype=torch.float64, requires_grad=True)

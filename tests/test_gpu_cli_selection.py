@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,7 @@ from dgrad.cli import main
 from dgrad.measure import measure
 from pretended import LAYER, LAYERS, MODEL, problem, told
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DGRAD_STORE", str(tmp_path / "store"))
-    monkeypatch.delenv("DGRAD_LOG_FILE", raising=False)
-    dgrad.plan_cache.clear()
-    yield
-    dgrad.plan_cache.clear()
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Callable[..., str]:
-    """Write a file: text, a list as JSON, or JSON lines."""
-
-    def write(content: str | list[Any], name: str = "what.json") -> str:
-        path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return str(path)
-
-    return write
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store")]
 
 
 def _schema_errors(value: Any, part: str | None = None) -> list[str]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ import dgrad
 from dgrad import planner
 from dgrad.measure import measure
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store")]
 
 # Layers whose candidates differ clearly and layers whose candidates tie.
 SUITE = [
@@ -33,14 +32,6 @@ SUITE = [
     ((2, 64, 64, 64), (64, 1, 4, 4), {"stride": 2, "padding": 1, "groups": 64}),
     ((1, 8, 4, 4), (8, 8, 3, 3), {"stride": 2, "padding": 1}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("DGRAD_STORE", str(tmp_path / "store"))
-    dgrad.plan_cache.clear()
-    yield tmp_path / "store"
-    dgrad.plan_cache.clear()
 
 
 def tensors(

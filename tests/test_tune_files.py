@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,7 @@ from dgrad import _call, _layers, config
 from dgrad.cli import main
 from pretended import LAYERS, MODEL, Pretended, pretend, problem, record, selection, told
 
-
-@pytest.fixture(autouse=True)
-def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DGRAD_STORE", str(tmp_path / "store"))
-    monkeypatch.delenv("DGRAD_LOG_FILE", raising=False)
-    dgrad.plan_cache.clear()
-    yield
-    dgrad.plan_cache.clear()
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Callable[..., str]:
-    """Write a file: text, a list as JSON, or JSON lines."""
-
-    def write(content: str | list[Any], name: str = "what.json") -> str:
-        path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return str(path)
-
-    return write
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 @pytest.fixture

@@ -40,8 +40,8 @@ def convolution(
         flags: flags over the process's, also for the gradients.
         call: the call made ready for these tensors, if the caller has it.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        # Gradients of many vectors at once: the tensors have no memory of their own.
+    if _is_batched(a) or _is_batched(b):
+        # Gradients of many vectors at once, which have no memory of their own.
         return _fallback.run(direction, a, b, geometry, size)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         result: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
@@ -51,6 +51,13 @@ def convolution(
     if call is None and not (a.is_cuda and a.dtype in DTYPES and torch._C._get_cudnn_enabled()):
         return _fallback.run(direction, a, b, geometry, size)
     return (call or call_for(direction, a, b, geometry, size, flags))(a, b)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_functorch_wrapped_tensor(
+        tensor
+    )
 
 
 class _Convolution(Function):

@@ -1,12 +1,11 @@
 """From a problem to a selection to a plan that runs: the only home of policy.
 
-What is known of a problem (its candidates, their times, and which turned out not to run) is
-shared by all threads. A plan belongs to the thread and device that made it.
+What is known of a problem is shared by all threads (``_knowledge.py``). A plan belongs to the
+thread and device that made it.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ import torch
 
 from . import log, store
 from ._cache import BoundedCache
-from ._candidates import gather, make_plan, other_precision
+from ._candidates import make_plan
+from ._knowledge import forget_all, knowledge_of
 from ._watch import note, watchers
 from .config import Policy
 from .exceptions import (
@@ -38,81 +38,16 @@ _PASSING = (CudnnExecutionError, CudnnInternalError)  # may not last: not for th
 _ALLOCATION_FAILED = (4003, 4004)  # CUDNN_STATUS_INTERNAL_ERROR_HOST / DEVICE_ALLOCATION_FAILED
 
 
-class Knowledge:
-    """What is known of one problem, shared by all threads."""
-
-    __slots__ = ("_lock", "candidates", "measuring", "selections", "source", "uses")
-
-    def __init__(self, candidates: list[Candidate], source: str) -> None:
-        self.candidates = candidates
-        self.source = source  # of the times: "stored" or "measured"
-        self.selections: dict[Policy, Selection] = {}  # those that have run
-        self.uses = 0
-        self.measuring = threading.Lock()  # so that one thread measures
-        self._lock = threading.Lock()
-
-    def update(self, index: int, **changes: Any) -> Candidate:
-        """Put changes into one candidate; other threads may change it at the same time."""
-        with self._lock:
-            candidate = replace(self.candidates[index], **changes)
-            self.candidates[index] = candidate
-            return candidate
-
-    def ran(self, policy: Policy, selection: Selection) -> bool:
-        """Note what runs under a policy; whether that is new."""
-        with self._lock:
-            return self.selections.setdefault(policy, selection) is selection
-
-    def forget(self, policy: Policy | None = None, chosen: int | None = None) -> None:
-        """Forget what ran under a policy, or what chose a candidate."""
-        with self._lock:
-            self.selections = {
-                p: s for p, s in self.selections.items() if p != policy and s.chosen != chosen
-            }
-
-
 class PlanCache(BoundedCache[Any, Any]):
     """Ready calls by thread, device, sizes, strides and flags: ``dgrad.plan_cache``."""
 
     def clear(self) -> None:
         """Forget all plans and all that was learned of their problems; the store stays."""
         super().clear()
-        _known.clear()
+        forget_all()
 
 
-_known: BoundedCache[Problem, Knowledge] = BoundedCache(max_size=16384)
 plan_cache = PlanCache(max_size=1024)
-
-
-def _knowledge(problem: Problem) -> Knowledge:
-    knowledge = _known.get(problem)
-    if knowledge is None:
-        # Two threads may both look; what the first one puts is what both use.
-        stored = store.read(problem)
-        found = Knowledge(stored, "stored") if stored else _borrowed(problem, gather(problem))
-        knowledge = _known.put_new(problem, found)
-    return knowledge
-
-
-def _borrowed(problem: Problem, candidates: list[Candidate]) -> Knowledge:
-    """New candidates, with the times that the same float32 problem has in the other precision."""
-    source, times = "measured", {}
-    if problem.dtype == "float32":
-        other = other_precision(problem)
-        known = _known.get(other)
-        if known is None:
-            stored = store.read(other)
-            known = Knowledge(stored, "stored") if stored is not None else None
-        if known is not None:
-            source = known.source
-            times = {(c.algorithm, c.math_type): c.time_ms for c in known.candidates}
-    return Knowledge(
-        [
-            c if c.rejected else replace(c, time_ms=times.get((c.algorithm, c.math_type)))
-            for c in candidates
-        ],
-        source,
-    )
 
 
 def _objection(candidate: Candidate, direction: str, policy: Policy) -> str | None:
@@ -213,7 +148,7 @@ class Runner:
 
     def _choose(self, x: int, w: int, y: int) -> None:
         problem, policy = self._problem, self._policy
-        self._knowledge = knowledge = _knowledge(problem)
+        self._knowledge = knowledge = knowledge_of(problem)
         missing = self._untimed()
         self._provisional = bool(missing) and torch.cuda.is_current_stream_capturing()
         if self._provisional and self._plan is not None:
@@ -383,12 +318,3 @@ def _execute(plan: Plan, size: int, device: torch.device, x: int, w: int, y: int
         workspace.data_ptr() if workspace is not None else 0,
         torch._C._cuda_getCurrentRawStream(device.index),
     )
-
-
-def selections() -> list[tuple[Selection, int]]:
-    """All selections of this process that have run, each with how often its problem was run."""
-    return [
-        (selection, knowledge.uses)
-        for knowledge in _known.values()
-        for selection in list(knowledge.selections.values())
-    ]
