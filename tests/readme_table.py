@@ -23,12 +23,9 @@ def table(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for case in record["cases"]:
-        times = [case[name] for name in ("pytorch_ms", "pytorch_benchmark_ms", "dgrad_ms")]
-        lines.append(
-            f"| {case['problem']} | {'yes' if case['equal'] else 'NO'} | "
-            + " | ".join(f"{time:.3f}" for time in times)
-            + f" | {case['ratio']:.2f} |"
-        )
+        lines.append(_row(case["problem"], case))
+        if "heuristic" in case:
+            lines.append(_row(f'{case["problem"]}, `selection="heuristic"`', case["heuristic"]))
     meta = record["meta"]
     versions = meta["versions"]
     lines.append("")
@@ -36,7 +33,23 @@ def table(record: dict[str, Any]) -> str:
         f"{meta['device']}, driver {meta['driver']}, PyTorch {versions['torch']}, "
         f"cuDNN {versions['cudnn_loaded']}."
     )
+    for case in record["cases"]:
+        errors = case["float64_errors"]
+        if errors is not None:
+            lines.append(
+                f"\n{case['problem']}: the relative error against float64 is "
+                f"{errors['dgrad']:.1g} for dgrad and {errors['pytorch']:.1g} for PyTorch."
+            )
     return "\n".join(lines)
+
+
+def _row(name: str, case: dict[str, Any]) -> str:
+    times = [case[which] for which in ("pytorch_ms", "pytorch_benchmark_ms", "dgrad_ms")]
+    return (
+        f"| {name} | {'yes' if case['equal'] else 'no'} | "
+        + " | ".join(f"{time:.3f}" for time in times)
+        + f" | {case['ratio']:.2f} |"
+    )
 
 
 def log_line(record: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ _KEPT = (
     "max_abs_diff",
     "tolerance",
     "differences",
+    "float64_errors",
     "dtype",
     "pytorch_ms",
     "pytorch_benchmark_ms",
@@ -47,12 +48,22 @@ def main() -> int:
     for file in sorted((_HERE / "kernelbench").glob("kb*.py")):
         try:
             comparison = compare(str(file), device=arguments.device, budget_s=arguments.budget)
+            case = {"problem": file.stem} | _kept(comparison)
+            if not comparison.equal:
+                # Measuring may choose another precision than PyTorch's heuristic; this does not.
+                case["heuristic"] = _kept(
+                    compare(
+                        str(file),
+                        device=arguments.device,
+                        budget_s=arguments.budget,
+                        selection="heuristic",
+                    )
+                )
         except CompareError as error:
             print(error, file=sys.stderr)
             return error.exit_code
         meta |= _machine(comparison)
-        result = comparison.to_dict()
-        cases.append({"problem": file.stem} | {key: result[key] for key in _KEPT})
+        cases.append(case)
         print(
             f"{file.stem}: equal {comparison.equal}, "
             f"PyTorch {comparison.pytorch.median_ms:.3f} ms, "
@@ -66,7 +77,13 @@ def main() -> int:
     unfinished = arguments.out.with_suffix(".tmp")
     unfinished.write_text(json.dumps({"meta": meta, "cases": cases}, indent=1) + "\n")
     os.replace(unfinished, arguments.out)
-    return 0 if all(case["equal"] for case in cases) else 1
+    equal = all(case["equal"] or case["heuristic"]["equal"] for case in cases)
+    return 0 if equal else 1
+
+
+def _kept(comparison: Comparison) -> dict[str, Any]:
+    result = comparison.to_dict()
+    return {key: result[key] for key in _KEPT}
 
 
 def _machine(comparison: Comparison) -> dict[str, Any]:

@@ -148,6 +148,35 @@ def test_compare_says_that_outputs_differ(write: Any, capsys: pytest.CaptureFixt
     assert "outputs differ: output['y']: largest absolute difference 1" in err
 
 
+def test_compare_says_which_of_two_unlike_outputs_is_nearer_to_float64(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "off.py"
+    file.write_text("""
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2, 3, 2)
+
+    def forward(self, x):
+        return self.up(x) + (type(self.up) is not nn.ConvTranspose2d)
+
+def get_inputs():
+    return [torch.rand(1, 2, 4, 4)]
+
+def get_init_inputs():
+    return []
+""")
+    assert _compare(str(file), "--json", "--selection", "heuristic") == 1
+    out, err = capsys.readouterr()
+    errors = json.loads(out)["float64_errors"]
+    assert errors["pytorch"] < 1e-6 < 0.1 < errors["dgrad"]
+    assert "relative error against float64: pytorch" in err
+
+
 def test_compare_keeps_the_batch_when_asked(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(("print(", "assert len(x) == 4, len(x); print("))
     assert _compare(file) == 2

@@ -99,6 +99,11 @@ def _add_compare(commands: Commands) -> None:
         metavar="SECONDS",
         help="spent on timed runs of each contestant (default 1)",
     )
+    parser.add_argument(
+        "--selection",
+        choices=("measure", "exhaustive", "heuristic"),
+        help="how dgrad chooses (default measure)",
+    )
     parser.add_argument("--full-size", action="store_true", help="do not cut the batch on the CPU")
 
 
@@ -119,6 +124,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             budget_s=arguments.budget,
             full_size=arguments.full_size,
+            selection=arguments.selection,
         )
     except CompareError as error:
         print(f"compare: {error}", file=sys.stderr)
@@ -129,6 +135,9 @@ def _compare(arguments: argparse.Namespace) -> int:
         _print_comparison(comparison)
     for difference in comparison.differences:
         print(f"compare: outputs differ: {difference}", file=sys.stderr)
+    if comparison.float64_errors is not None:
+        words = ", ".join(f"{who} {e:.2g}" for who, e in comparison.float64_errors.items())
+        print(f"compare: relative error against float64: {words}", file=sys.stderr)
     return 0 if comparison.equal else 1
 
 

@@ -50,6 +50,7 @@ class Request:
     seed: int
     budget_s: float | None
     full_size: bool
+    selection: str | None = None
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -62,6 +63,7 @@ def run(request: Request) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = request.setting == "pytorch_benchmark"
     if request.setting != "dgrad":
         return {"timing": contest.time(swap=False).to_dict()}
+    dgrad.set_flags(selection=request.selection)
     messages = _collect_messages()
     timing = contest.time(swap=True)
     verdict = contest.check()
@@ -74,6 +76,7 @@ def run(request: Request) -> dict[str, Any]:
         "max_abs_diff": verdict.max_abs_diff if finite else None,
         "tolerance": verdict.tolerance,
         "differences": verdict.differences,
+        "float64_errors": None if verdict.equal else contest.float64_errors(),
         "selected": list(dict.fromkeys(messages)),
         "notes": contest.notes(),
         "device_name": environment.device_name(device),
@@ -147,6 +150,35 @@ class _Contest:
             return judge(*outputs)
         except TypeError as error:
             raise WorkerError(str(error)) from error
+
+    def float64_errors(self) -> dict[str, float] | None:
+        """How far both are from the model in float64 (relative norm), to tell whose fault it is.
+
+        None for a model that does not run in float64, or whose output is not one tensor.
+        """
+        outputs: list[object] = []
+        try:
+            for swap, dtype in ((False, torch.float64), (False, None), (True, None)):
+                model, inputs = self.build(swap)
+                if dtype is not None:
+                    model = model.to(dtype)
+                    inputs = [x.to(dtype) if _is_floating(x) else x for x in inputs]
+                self._seed()
+                with torch.no_grad():
+                    outputs.append(self.forward(model, inputs))
+                del model, inputs
+            exact, *found = (output for output in outputs if isinstance(output, torch.Tensor))
+            if len(found) != 2:
+                return None
+            norm = float(torch.linalg.vector_norm(exact))
+            errors = [
+                float(torch.linalg.vector_norm(output.double() - exact)) / norm for output in found
+            ]
+        except (WorkerError, RuntimeError, ValueError, ZeroDivisionError):
+            return None
+        if not all(map(math.isfinite, errors)):
+            return None
+        return dict(zip(("pytorch", "dgrad"), errors, strict=True))
 
     def notes(self) -> list[str]:
         if self.device.type != "cpu":
@@ -244,6 +276,10 @@ def _to(value: Any, device: torch.device) -> Any:
     if type(value) is dict:
         return {key: _to(part, device) for key, part in value.items()}
     return value
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _collect_messages() -> list[str]:

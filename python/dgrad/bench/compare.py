@@ -44,6 +44,7 @@ class Comparison:
     """The answer of one comparison: plain data.
 
     `max_abs_diff` is None where the outputs cannot be subtracted or the difference is not finite.
+    `float64_errors`, where the outputs differ, is how far "pytorch" and "dgrad" are from float64.
     `ratio` is the better of PyTorch's two medians divided by dgrad's: above 1 dgrad is faster.
     """
 
@@ -56,6 +57,7 @@ class Comparison:
     max_abs_diff: float | None
     tolerance: float | None
     differences: list[str]
+    float64_errors: dict[str, float] | None
     pytorch: Timing
     pytorch_benchmark: Timing
     dgrad: Timing
@@ -84,18 +86,22 @@ def compare(
     seed: int = _SEED,
     budget_s: float | None = None,
     full_size: bool = False,
+    selection: str | None = None,
 ) -> Comparison:
     """Compare on `device` (default: the GPU, else the CPU), each contestant in a fresh process.
 
     `file` is in KernelBench's format; None means dgrad.bench.default_model. `budget_s` is the time
     spent on timed runs of each contestant. On the CPU the batch is cut to 1 unless `full_size`.
+    `selection` is dgrad's flag of that name.
     Raises FileError for a wrong file or device, CompareError where a contestant failed or died.
     """
     where = _device(device)
     if file is not None and not Path(file).is_file():
         raise FileError(f"{file}: no such file")
     results = {
-        setting: _run_worker(Request(setting, file, str(where), seed, budget_s, full_size))
+        setting: _run_worker(
+            Request(setting, file, str(where), seed, budget_s, full_size, selection)
+        )
         for setting in _WHO
     }
     timings = {name: Timing(**result.pop("timing")) for name, result in results.items()}
