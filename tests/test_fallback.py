@@ -16,9 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dgrad
 from dgrad import _loader, functional, log
+from dgrad._autograd import convolution
+from dgrad._geometry import Geometry
+from dgrad._watch import watching
 
 X = torch.linspace(-1, 1, 2 * 4 * 3 * 3).reshape(2, 4, 3, 3)
 W = torch.linspace(-1, 1, 4 * 2 * 3 * 3).reshape(4, 2, 3, 3)
@@ -121,6 +125,94 @@ def test_bad_arguments_are_told_before_the_fallback_is_refused() -> None:
     with dgrad.flags(fallback="error"), pytest.raises(RuntimeError, match="stride is") as caught:
         dgrad.conv_transpose2d(X, W, stride=0)
     assert not isinstance(caught.value, dgrad.NotSupportedError)
+
+
+# --- the gradients of what cuDNN ran ------------------------------------------------------------
+
+PLAIN = Geometry((0, 0), (1, 1), (1, 1), 1)
+FORBIDDEN = ", and fallback='error' forbids PyTorch's own operator"
+AT_ONCE = "gradients of many vectors are taken at once"
+
+
+@pytest.fixture
+def recorded() -> tuple[Tensor, list[Tensor]]:
+    """An output with its graph, as cuDNN leaves it, and the two leaves."""
+    leaves = [X.clone().requires_grad_(), W.clone().requires_grad_()]
+    output = convolution("dgrad", *leaves, PLAIN, (5, 5))
+    log.fallback.cache_clear()
+    return output, leaves
+
+
+def many(output: Tensor) -> dict[str, Any]:
+    return {"grad_outputs": torch.ones(3, *output.shape), "is_grads_batched": True}
+
+
+def test_gradients_that_pytorch_runs_are_logged_once(
+    recorded: tuple[Tensor, list[Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
+    output, leaves = recorded
+    with caplog.at_level(logging.INFO, logger="dgrad"), watching() as events:
+        for _ in range(2):
+            torch.autograd.grad(output.sum(), leaves, retain_graph=True)
+            torch.autograd.grad(output, leaves, **many(output), retain_graph=True)
+    reasons = ["input is on cpu, and cuDNN runs on CUDA devices", AT_ONCE]
+    assert caplog.messages == [f"PyTorch's own conv_transpose2d runs: {r}" for r in reasons]
+    assert list(dict.fromkeys(events)) == [f"PyTorch's own operator runs: {r}" for r in reasons]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_flag_forbids_gradients_by_pytorch_too(
+    recorded: tuple[Tensor, list[Tensor]], at_once: bool
+) -> None:
+    output, leaves = recorded
+    named = many(output) if at_once else {"grad_outputs": torch.ones_like(output)}
+    reason = AT_ONCE if at_once else "input is on cpu, and cuDNN runs on CUDA devices"
+    with dgrad.flags(fallback="error"):
+        for leaf in leaves:
+            with pytest.raises(dgrad.NotSupportedError) as caught:
+                torch.autograd.grad(output, leaf, **named, retain_graph=True)
+            assert str(caught.value) == reason + FORBIDDEN
+    expected = torch.autograd.grad(F.conv_transpose2d(*leaves), leaves, **named)
+    for found, wanted in zip(torch.autograd.grad(output, leaves, **named), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_layers_own_flag_holds_in_the_transforms_of_torch_func_too() -> None:
+    xs = torch.stack([X, -X])
+    run = torch.func.vmap(
+        lambda x: convolution("dgrad", x, W, PLAIN, (5, 5), dgrad.Flags(fallback="error"))
+    )
+    with pytest.raises(dgrad.NotSupportedError, match=AT_ONCE):
+        run(xs)
+
+
+@pytest.mark.parametrize("direction", ["dgrad", "fprop"])
+def test_a_gradient_taken_while_cudnn_is_off_is_refused_or_logged(
+    direction: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeTensorMode():  # CUDA tensors that need no GPU
+        a, b = (torch.empty(1, 4, 5, 5, device="cuda"), torch.empty(4, 4, 3, 3, device="cuda"))
+        size = (7, 7) if direction == "dgrad" else (3, 3)
+        torch.backends.cudnn.enabled = False
+        with dgrad.flags(fallback="error"), pytest.raises(dgrad.NotSupportedError) as caught:
+            convolution(direction, a, b, PLAIN, size)
+        assert str(caught.value) == "torch.backends.cudnn.enabled is False" + FORBIDDEN
+        with caplog.at_level(logging.INFO, logger="dgrad"):
+            assert convolution(direction, a, b, PLAIN, size).shape == (1, 4, *size)
+    assert "torch.backends.cudnn.enabled is False" in caplog.text
+
+
+def test_nothing_is_logged_while_pytorch_compiles(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with caplog.at_level(logging.INFO, logger="dgrad"), watching() as events:
+        dgrad.conv_transpose2d(X, W)
+        convolution("dgrad", X, W, PLAIN, (5, 5))
+    assert (caplog.messages, events) == ([], [])
+
+
+# --- what PyTorch runs gives its results --------------------------------------------------------
 
 
 @pytest.mark.parametrize(

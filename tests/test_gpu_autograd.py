@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import dgrad
-from dgrad import _autograd
+from dgrad import _autograd, log
 from reference import (
     Arguments,
     Case,
@@ -140,6 +140,41 @@ def test_gradients_of_many_vectors_at_once_are_pytorchs() -> None:
         for call in (dgrad.conv_transpose2d, torch.nn.functional.conv_transpose2d)
     )
     for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(
+    ("reason", "named", "enabled"),
+    [
+        ("gradients of many vectors are taken at once", {"is_grads_batched": True}, True),
+        ("torch.backends.cudnn.enabled is False", {}, False),
+    ],
+)
+def test_gradients_by_pytorch_are_refused_or_logged(
+    reason: str, named: dict[str, bool], enabled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.randn(2, 3, 4, 4, device="cuda", dtype=torch.float64, requires_grad=True)
+    w = torch.randn(3, 2, 3, 3, device="cuda", dtype=torch.float64, requires_grad=True)
+    with dgrad.flags(fallback="error"):
+        output = dgrad.conv_transpose2d(x, w)
+    expected = torch.nn.functional.conv_transpose2d(x, w)
+    count = (5,) if named else ()
+    vectors = torch.randn(*count, 2, 2, 6, 6, device="cuda", dtype=torch.float64)
+    torch.backends.cudnn.enabled = enabled
+    for leaf in (x, w):
+        with (
+            dgrad.flags(fallback="error"),
+            pytest.raises(dgrad.NotSupportedError, match=f"{reason}, and fallback='error'"),
+        ):
+            torch.autograd.grad(output, leaf, vectors, retain_graph=True, **named)
+    log.fallback.cache_clear()
+    caplog.set_level("INFO", "dgrad")
+    found = torch.autograd.grad(output, (x, w), vectors, **named)
+    assert caplog.messages == [f"PyTorch's own conv_transpose2d runs: {reason}"]
+    for mine, theirs in zip(
+        found, torch.autograd.grad(expected, (x, w), vectors, **named), strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
 
 

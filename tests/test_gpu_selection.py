@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,47 +209,81 @@ def test_strict_float32_never_runs_tf32(selection: str) -> None:
     assert all(s.candidate.math_type == "FMA_MATH" for s, _ in dgrad.selections())
 
 
-def test_a_second_process_measures_nothing_and_starts_at_once(own_store: Path) -> None:
-    code = """
-import json, time, torch, dgrad
+# Times the first call of each stored problem, for the three directions of eight layers. The layers
+# differ in their batch alone, so that most of their kernels are loaded by the one before them.
+FIRST_CALLS = """
+import json, statistics, time, torch, dgrad
 from dgrad import planner
 measured = []
-real = planner.measure
-planner.measure = lambda *a: (measured.append(1), real(*a))
-def step(n):
-    x = torch.randn(n, 32, 40, 40, device="cuda", requires_grad=True)
-    w = torch.randn(32, 32, 3, 3, device="cuda", requires_grad=True)
-    torch.cuda.synchronize(); begin = time.perf_counter()
-    y = dgrad.conv_transpose2d(x, w, None, 2, 1)
-    torch.cuda.synchronize(); first = time.perf_counter() - begin
-    y.sum().backward()
+measure = planner.measure
+planner.measure = lambda *a: (measured.append(1), measure(*a))
+
+def layer(n):
+    return [torch.randn(shape, device="cuda", requires_grad=True)
+            for shape in ((n, 32, 40, 40), (32, 32, 3, 3))]
+
+def time_ms(call):
+    torch.cuda.synchronize()
     begin = time.perf_counter()
-    dgrad.conv_transpose2d(x, w, None, 2, 1)
-    torch.cuda.synchronize(); later = time.perf_counter() - begin
-    return (first - later) * 1e3
-step(3)  # loads libraries and kernels
-extra = [step(n) for n in (4, 5, 6, 7)]
-print(json.dumps({"measured": len(measured), "extra_ms": extra,
-                  "sources": sorted({s.source for s, _ in dgrad.selections()}),
-                  "chosen": [str(s.candidate) for s, _ in dgrad.selections()]}))
+    call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) * 1e3
+
+def extra_ms(x, w):
+    "What the first call costs more than a later one: forward, grad_input, grad_weight."
+    def forward():
+        return dgrad.conv_transpose2d(x, w, None, 2, 1)
+    def gradient(leaf):
+        return lambda: torch.autograd.grad(y, leaf, ones, retain_graph=True)
+    def extra(call):
+        first = time_ms(call)
+        return round(first - statistics.median(time_ms(call) for _ in range(9)), 3)
+    extras = [extra(forward)]
+    y = forward()
+    ones = torch.ones_like(y)
+    return extras + [extra(gradient(x)), extra(gradient(w))]
+
+def round_ms():
+    return [extra for x, w in layers for extra in extra_ms(x, w)]
+
+def told(what):
+    return [what(s) for s, _ in dgrad.selections()]
+
+extra_ms(*layer(3))  # makes the context and the handles, loads libraries and kernels
+layers = [layer(n) for n in range(4, 12)]
+first = {"extra_ms": round_ms(), "sources": told(lambda s: s.source)}
+chosen = told(lambda s: str(s.candidate))
+dgrad.plan_cache.clear()  # forgets all but the store; the kernels stay loaded
+again = {"extra_ms": round_ms(), "sources": told(lambda s: s.source)}
+print(json.dumps({"measured": len(measured), "chosen": chosen, "first": first, "again": again}))
 """
 
-    def run() -> dict[str, object]:
+
+def test_a_second_process_measures_nothing_and_starts_at_once(own_store: Path) -> None:
+    def run() -> dict[str, Any]:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
-        result: dict[str, object] = json.loads(done.stdout)
+        result: dict[str, Any] = json.loads(done.stdout)
         return result
 
     first, second = run(), run()
-    assert first["measured"] == 15
+    assert first["measured"] == 27
     assert second["measured"] == 0
-    assert second["sources"] == ["stored"]
+    assert set(first["again"]["sources"]) == {"stored"}, "clear() left something known"
+    for calls in (second["first"], second["again"]):
+        assert set(calls["sources"]) == {"stored"}
     assert second["chosen"] == first["chosen"]
-    extra = second["extra_ms"]
-    assert isinstance(extra, list)
-    assert sorted(extra)[1] < 5.0, extra
+
+    # The CUDA driver loads a kernel at its first launch. That is no cost of a stored selection,
+    # so the largest is asked for without it, where dgrad reads the store and builds plans again.
+    loading, loaded = second["first"]["extra_ms"], second["again"]["extra_ms"]
+    for name, extra in (("with kernels to load", loading), ("with loaded kernels", loaded)):
+        print(f"first calls over later ones, {name}: {extra} ms")  # pytest -rP shows it
+    assert len(loaded) == len(loading) == 24
+    assert max(loaded) < 5.0, loaded
+    assert statistics.median(loading) < 5.0, loading
 
 
 def test_twenty_fresh_processes_choose_alike(tmp_path: Path) -> None:

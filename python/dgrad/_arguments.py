@@ -11,6 +11,11 @@ from ._geometry import Geometry, Pair, output_size
 _INT64_MAX = 2**63 - 1
 
 
+class IntegerRangeError(ValueError, RuntimeError, TypeError):
+    """An integer that does not fit in 64 bits. PyTorch raises a ValueError for it (a RuntimeError
+    in 2.4), and a TypeError where it is in a tuple or list."""
+
+
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
@@ -64,7 +69,7 @@ def check_sizes(
     """The checks of shapes and numbers; returns the output's spatial size.
 
     Raises:
-        ValueError: a number that does not fit in 64 bits.
+        IntegerRangeError: a number that does not fit in 64 bits.
         RuntimeError: everything else that does not fit together.
     """
     padding, stride, dilation, groups = geometry
@@ -76,8 +81,8 @@ def check_sizes(
         ("groups", (groups,), 1),
     ):
         shown = values if len(values) > 1 else values[0]
-        if max(values) > _INT64_MAX or min(values) < -_INT64_MAX:
-            raise ValueError(f"{name} is {shown}, expected a 64-bit integer")
+        if max(values) > _INT64_MAX or min(values) < -_INT64_MAX - 1:
+            raise IntegerRangeError(f"{name} is {shown}, expected a 64-bit integer")
         if min(values) < least:
             raise RuntimeError(f"{name} is {shown}, expected at least {least}")
     if input.dim() not in (3, 4):

@@ -39,18 +39,36 @@ def convolution(
         a, b: the two 4-d inputs, of one dtype and device.
         flags: flags over the process's, also for the gradients.
         call: the call made ready for these tensors, if the caller has it.
+
+    Raises:
+        NotSupportedError: no candidate can run it, or only PyTorch could and may not.
     """
-    if _is_batched(a) or _is_batched(b):
-        # Gradients of many vectors at once, which have no memory of their own.
+    if _is_batched(a) or _is_batched(b):  # such tensors have no memory of their own
+        _fallback.announce(flags, "gradients of many vectors are taken at once")
         return _fallback.run(direction, a, b, geometry, size)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         result: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
             a, b, direction, geometry, size, flags, call
         )
         return result
-    if call is None and not (a.is_cuda and a.dtype in DTYPES and torch._C._get_cudnn_enabled()):
-        return _fallback.run(direction, a, b, geometry, size)
-    return (call or call_for(direction, a, b, geometry, size, flags))(a, b)
+    if call is None:
+        reason = _unsuitable(a)
+        if reason is not None:
+            _fallback.announce(flags, reason)
+            return _fallback.run(direction, a, b, geometry, size)
+        call = call_for(direction, a, b, geometry, size, flags)
+    return call(a, b)
+
+
+def _unsuitable(tensor: Tensor) -> str | None:
+    """Why such tensors are PyTorch's to run, or None."""
+    if not tensor.is_cuda:
+        return f"input is on {tensor.device.type}, and cuDNN runs on CUDA devices"
+    if tensor.dtype not in DTYPES:
+        return f"cuDNN's convolutions have no {tensor.dtype}"
+    if not torch._C._get_cudnn_enabled():
+        return "torch.backends.cudnn.enabled is False"
+    return None
 
 
 def _is_batched(tensor: Tensor) -> bool:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from . import config, log
 from ._geometry import Geometry, Pair, output_size
+from ._watch import note, watchers
+from .exceptions import NotSupportedError
+
+
+def announce(flags: config.Flags | None, reason: str) -> None:
+    """Say that PyTorch's own operator runs: logged once for each reason.
+
+    Raises:
+        NotSupportedError: the flags forbid it.
+    """
+    if config.effective(flags).fallback == "error":
+        raise NotSupportedError(f"{reason}, and fallback='error' forbids PyTorch's own operator")
+    if not torch.compiler.is_compiling():  # a log record would break the graph
+        log.fallback(reason)
+        if watchers:
+            note(f"PyTorch's own operator runs: {reason}")
 
 
 def run(direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pair) -> Tensor:

@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _loader, config, log
+from . import _fallback, _loader, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution
 from ._call import DTYPES, Call
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
-from ._watch import note, watchers
-from .exceptions import NotSupportedError
 from .planner import plan_cache
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -226,10 +224,5 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 def _pytorch(flags: config.Flags | None, reason: str, *arguments: Any) -> Tensor:
     """PyTorch's own operator, logged once for each reason, or the error that forbids it."""
-    if config.effective(flags).fallback == "error":
-        raise NotSupportedError(f"{reason}, and fallback='error' forbids PyTorch's own operator")
-    if not torch.compiler.is_compiling():  # a log record would break the graph
-        log.fallback(reason)
-        if watchers:
-            note(f"PyTorch's own operator runs: {reason}")
+    _fallback.announce(flags, reason)
     return F.conv_transpose2d(*arguments)
