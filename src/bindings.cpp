@@ -5,11 +5,16 @@
 #include <string>
 
 #include "error.hpp"
+#include "graph/engines.hpp"
+#include "graph/operation_graph.hpp"
+#include "graph/plan.hpp"
 #include "legacy/algorithms.hpp"
 #include "legacy/descriptors.hpp"
 #include "legacy/plan.hpp"
 #include "plan.hpp"
 #include "problem.hpp"
+#include "ready.hpp"
+#include "sequence.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -38,7 +43,8 @@ void bind_problem(py::module_& m) {
         .def(py::init([](const std::string& direction, const std::string& dtype, bool tf32,
                          const std::string& layout, dgrad::Size4 x, dgrad::Size4 w, dgrad::Size4 y,
                          dgrad::Size2 padding, dgrad::Size2 stride, dgrad::Size2 dilation,
-                         std::int64_t groups, std::int64_t alignment, std::int64_t device) {
+                         std::int64_t groups, bool bias, std::int64_t alignment,
+                         std::int64_t device) {
                  const Problem problem{dgrad::parse_direction(direction),
                                        dgrad::parse_data_type(dtype),
                                        tf32,
@@ -50,13 +56,14 @@ void bind_problem(py::module_& m) {
                                        stride,
                                        dilation,
                                        groups,
+                                       bias,
                                        alignment,
                                        device};
                  problem.check();
                  return problem;
              }),
              py::kw_only(), "direction"_a, "dtype"_a, "tf32"_a, "layout"_a, "x"_a, "w"_a, "y"_a,
-             "padding"_a, "stride"_a, "dilation"_a, "groups"_a, "alignment"_a, "device"_a)
+             "padding"_a, "stride"_a, "dilation"_a, "groups"_a, "bias"_a, "alignment"_a, "device"_a)
         .def_property_readonly("direction",
                                [](const Problem& p) { return dgrad::name(p.direction); })
         .def_property_readonly("dtype", [](const Problem& p) { return dgrad::name(p.dtype); })
@@ -69,6 +76,7 @@ void bind_problem(py::module_& m) {
         .def_readonly("stride", &Problem::stride)
         .def_readonly("dilation", &Problem::dilation)
         .def_readonly("groups", &Problem::groups)
+        .def_readonly("bias", &Problem::bias)
         .def_readonly("alignment", &Problem::alignment)
         .def_readonly("device", &Problem::device)
         .def("__eq__",
@@ -81,17 +89,25 @@ void bind_problem(py::module_& m) {
 }
 
 void bind_plan(py::module_& m) {
-    py::class_<dgrad::Plan>(m, "Plan")
+    py::class_<dgrad::Plan, std::shared_ptr<dgrad::Plan>>(m, "Plan")
         .def_property_readonly("workspace_bytes", &dgrad::Plan::workspace_bytes)
+        .def_property_readonly("notes", &dgrad::Plan::notes)
         .def(
             "execute",
             [](dgrad::Plan& plan, std::uintptr_t x, std::uintptr_t w, std::uintptr_t y,
-               std::uintptr_t workspace, std::uintptr_t stream) {
+               std::uintptr_t bias, std::uintptr_t workspace, std::uintptr_t stream) {
                 const py::gil_scoped_release released;
-                plan.execute(pointer(x), pointer(w), pointer(y), pointer(workspace),
-                             static_cast<cudaStream_t>(pointer(stream)));
+                plan.execute({pointer(x), pointer(w), pointer(y), pointer(bias)},
+                             pointer(workspace), static_cast<cudaStream_t>(pointer(stream)));
             },
-            "x"_a, "w"_a, "y"_a, "workspace"_a, "stream"_a);
+            "x"_a, "w"_a, "y"_a, "bias"_a, "workspace"_a, "stream"_a);
+    m.def(
+        "sequence",
+        [](std::shared_ptr<dgrad::Plan> first,
+           std::shared_ptr<dgrad::Plan> second) -> std::shared_ptr<dgrad::Plan> {
+            return std::make_shared<dgrad::Sequence>(std::move(first), std::move(second));
+        },
+        "first"_a, "second"_a);
 }
 
 void bind_legacy(py::module_& m) {
@@ -110,9 +126,60 @@ void bind_legacy(py::module_& m) {
         "direction"_a);
     m.def("legacy_heuristic", &legacy::heuristic, "problem"_a,
           py::call_guard<py::gil_scoped_release>());
-    m.def("legacy_plan", &legacy::make_plan, "problem"_a, "algorithm"_a, "math_type"_a,
-          py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "legacy_plan",
+        [](const dgrad::Problem& problem, const std::string& algorithm,
+           const std::string& math_type) -> std::shared_ptr<dgrad::Plan> {
+            return legacy::make_plan(problem, algorithm, math_type);
+        },
+        "problem"_a, "algorithm"_a, "math_type"_a, py::call_guard<py::gil_scoped_release>());
     m.def("legacy_forward_output_size", &legacy::forward_output_size, "problem"_a);
+}
+
+void bind_graph(py::module_& m) {
+    namespace graph = dgrad::graph;
+    py::class_<graph::Engine>(m, "Engine")
+        .def_readonly("name", &graph::Engine::name)
+        .def_readonly("notes", &graph::Engine::notes);
+    m.def(
+        "graph_heuristic",
+        [](const dgrad::Problem& problem, const std::string& operation) {
+            return graph::heuristic(problem, graph::parse_operation(operation));
+        },
+        "problem"_a, "operation"_a, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "graph_plan",
+        [](const dgrad::Problem& problem, const std::string& operation,
+           const std::string& engine) -> std::shared_ptr<dgrad::Plan> {
+            return graph::make_plan(problem, graph::parse_operation(operation), engine);
+        },
+        "problem"_a, "operation"_a, "engine"_a, py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_ready(py::module_& m) {
+    using dgrad::ReadyCall;
+    using dgrad::ReadyCalls;
+    py::class_<dgrad::UseCount, std::shared_ptr<dgrad::UseCount>>(m, "UseCount")
+        .def(py::init<>())
+        .def_readonly("count", &dgrad::UseCount::count);
+    py::class_<ReadyCall, std::shared_ptr<ReadyCall>>(m, "ReadyCall")
+        .def(py::init([](std::shared_ptr<dgrad::Plan> plan, py::object make_out,
+                         py::object make_workspace, py::object enter_bias, py::object add_bias,
+                         bool plan_reads_bias, std::shared_ptr<dgrad::UseCount> uses) {
+                 return std::make_shared<ReadyCall>(ReadyCall{
+                     std::move(plan), std::move(make_out), std::move(make_workspace),
+                     std::move(enter_bias), std::move(add_bias), plan_reads_bias, std::move(uses)});
+             }),
+             py::kw_only(), "plan"_a, "make_out"_a, "make_workspace"_a, "enter_bias"_a,
+             "add_bias"_a, "plan_reads_bias"_a, "uses"_a);
+    py::class_<ReadyCalls>(m, "ReadyCalls")
+        .def(py::init<const py::capsule&, py::tuple, py::object>(), "exchange"_a, "types"_a,
+             "current_device"_a)
+        .def("run", &ReadyCalls::run, "y"_a, "w"_a, "bias"_a, "state"_a)
+        .def("put", &ReadyCalls::put, "y"_a, "w"_a, "bias"_a, "state"_a, "call"_a, "kept"_a)
+        .def("clear", &ReadyCalls::clear)
+        .def_property_readonly("size", &ReadyCalls::size)
+        .def_property_readonly("hits", &ReadyCalls::hits);
 }
 
 }  // namespace
@@ -129,4 +196,6 @@ PYBIND11_MODULE(_core, m) {
     bind_problem(m);
     bind_plan(m);
     bind_legacy(m);
+    bind_graph(m);
+    bind_ready(m);
 }

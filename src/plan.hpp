@@ -4,8 +4,19 @@
 #include <cudnn.h>
 
 #include <cstddef>
+#include <string>
+#include <vector>
 
 namespace dgrad {
+
+// Device pointers in the words of Note [Geometry]. The direction's result (x of dgrad, y of fprop,
+// w of wgrad) is overwritten and needs no clearing. The bias is null where the plan adds none.
+struct Pointers {
+    void* x;
+    void* w;
+    void* y;
+    void* bias;
+};
 
 // Not thread-safe: one thread uses a plan at a time.
 class Plan {
@@ -17,10 +28,12 @@ class Plan {
 
     [[nodiscard]] virtual std::size_t workspace_bytes() const noexcept = 0;
 
-    // Device pointers in the words of Note [Geometry]. The direction's result (x of dgrad, y of
-    // fprop, w of wgrad) is overwritten and needs no clearing. Returns once the work is queued on
-    // `stream`. The problem's device must be current; workspace holds workspace_bytes().
-    virtual void execute(void* x, void* w, void* y, void* workspace, cudaStream_t stream) = 0;
+    // cuDNN's numerical notes on what runs, such as "TENSOR_CORE"; the legacy API has none.
+    [[nodiscard]] virtual std::vector<std::string> notes() const { return {}; }
+
+    // Queues the work on `stream`. The problem's device must be current; the workspace holds
+    // workspace_bytes().
+    virtual void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) = 0;
 };
 
 }  // namespace dgrad

@@ -87,6 +87,8 @@ void Problem::check() const {
     require(alignment == 1 || alignment == 2 || alignment == 4 || alignment == 8 || alignment == 16,
             "alignment", std::to_string(alignment), "1, 2, 4, 8 or 16 bytes");
     require(device >= 0 && device <= max_elements, "device", std::to_string(device), "0 or more");
+    require(!bias || direction == Direction::dgrad, "bias", "true",
+            "false, as direction is not dgrad");
     require(!tf32 || dtype == DataType::float32, "tf32", "true", "false, as dtype is not float32");
     for (std::size_t i = 0; i < 2; ++i) {
         // All factors fit in 32 bits, so nothing here overflows 64.
@@ -99,7 +101,7 @@ void Problem::check() const {
 bool Problem::operator==(const Problem& other) const noexcept {
     const auto fields = [](const Problem& p) {
         return std::tie(p.direction, p.dtype, p.tf32, p.layout, p.x, p.w, p.y, p.padding, p.stride,
-                        p.dilation, p.groups, p.alignment, p.device);
+                        p.dilation, p.groups, p.bias, p.alignment, p.device);
     };
     return fields(*this) == fields(other);
 }
@@ -124,13 +126,14 @@ std::size_t Problem::hash() const noexcept {
     add_all(stride);
     add_all(dilation);
     add(groups);
+    add(bias);
     add(alignment);
     add(device);
     return static_cast<std::size_t>(state);
 }
 
 std::string Problem::text() const {
-    std::string text = std::string(name(direction)) + " " + name(dtype);
+    std::string text = std::string(name(direction)) + (bias ? "+bias " : " ") + name(dtype);
     if (dtype == DataType::float32) text += tf32 ? "/tf32" : "/ieee";
     return text + " " + name(layout) + " x=" + join(x, "x") + " w=" + join(w, "x") +
            " y=" + join(y, "x") + " padding=" + join(padding, ",") +

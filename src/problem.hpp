@@ -39,7 +39,8 @@ struct Problem {
     Size2 stride;
     Size2 dilation;
     std::int64_t groups;
-    std::int64_t alignment;  // bytes: the least that all three pointers keep, 1 to 16
+    bool bias;               // dgrad only: x gets a bias of one value a channel
+    std::int64_t alignment;  // bytes: the least that all pointers keep, 1 to 16
     std::int64_t device;
 
     // Throws std::invalid_argument naming the field, its value and what was expected.

@@ -17,12 +17,15 @@ import torch
 import dgrad
 from code_hash import code_hash
 from dgrad import config as dgrad_config
+from dgrad._layers import DIRECTIONS
 from dgrad.bench import environment
+from dgrad.config import PROVIDERS
 from reference import Case, pytorch_tf32, random_case, set_pytorch_tf32
 
 _TESTS = Path(__file__).resolve().parent
-_RECORD = _TESTS / "results" / "gpu.json"
+_RESULTS = _TESTS / "results"
 _DEFAULT_SEED = 20260117
+_MEASURE_BUDGET_S = 0.004  # of a problem
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--repro",
         metavar="ID|JSON",
         help="run one problem of the sweep alone: its number under --seed, or its JSON",
+    )
+    group.addoption(
+        "--provider",
+        choices=PROVIDERS,
+        help="let only this provider's candidates run in the gpu tests that force none",
     )
 
 
@@ -148,11 +156,23 @@ def _switches_as_before() -> Iterator[None]:
     dgrad.plan_cache.max_size = max_size
 
 
+@pytest.fixture(autouse=True)
+def _chosen_fast(request: pytest.FixtureRequest, _switches_as_before: None) -> None:
+    """The gpu tests meet thousands of problems: little time for each, and what --provider says."""
+    if request.node.get_closest_marker("gpu") is not None:
+        provider = request.config.getoption("provider")
+        algorithm = dict.fromkeys(DIRECTIONS, provider) if provider else None
+        dgrad.set_flags(measure_budget=_MEASURE_BUDGET_S, algorithm=algorithm)
+
+
 # --- the record of a gpu run --------------------------------------------------------------------
 
 
 class _Record:
-    """Writes results/gpu.json after a run of all gpu tests; part of them leaves it as it is."""
+    """Writes results/gpu.json after a run of all gpu tests; part of them leaves it as it is.
+
+    With --provider it is results/gpu-PROVIDER.json.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -188,10 +208,12 @@ class _Record:
     def pytest_sessionfinish(self) -> None:
         if self._is_partial or not self._ran or len(self._outcomes) != len(self._selected):
             return
-        _RECORD.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = _RECORD.with_suffix(".tmp")
+        provider = self._config.getoption("provider")
+        record = _RESULTS / (f"gpu-{provider}.json" if provider else "gpu.json")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = record.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self._to_dict(), indent=1) + "\n")
-        os.replace(unfinished, _RECORD)
+        os.replace(unfinished, record)
 
     def _to_dict(self) -> dict[str, Any]:
         versions = environment.versions()

@@ -68,6 +68,7 @@ def problem(**changes: Any) -> Any:
         "stride": (1, 1),
         "dilation": (1, 1),
         "groups": 1,
+        "bias": False,
         "alignment": 16,
         "device": 0,
     }
@@ -82,7 +83,7 @@ def selection(of: Any, source: str = "measured") -> dgrad.Selection:
 
 def record(of: Any) -> str:
     fields = selection(of).to_dict()
-    return json.dumps({"format": 1, "gpu": "another GPU", **fields})
+    return json.dumps({"format": 2, "gpu": "another GPU", **fields})
 
 
 class Pretended:

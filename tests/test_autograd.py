@@ -119,6 +119,24 @@ def test_the_third_gradients_are_derivatives_too() -> None:
     assert gradgradcheck(gradient_of_square, (a, b), fast_mode=True)
 
 
+@every_geometry
+def test_the_gradients_with_a_bias_are_derivatives_of_both_orders(
+    layer: tuple[Pair, Geometry, Pair],
+) -> None:
+    a, b, geometry, size = inputs_of("dgrad", layer)
+    bias = torch.randn(b.shape[1] * geometry.groups, dtype=torch.float64, requires_grad=True)
+
+    def run(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+        return convolution("dgrad", a, b, geometry, size, bias=bias)
+
+    assert torch.equal(
+        run(a, b, bias),
+        convolution("dgrad", a, b, geometry, size) + bias.view(1, -1, 1, 1),
+    )
+    assert gradcheck(run, (a, b, bias))
+    assert gradgradcheck(run, (a, b, bias), atol=1e-4)
+
+
 @pytest.fixture
 def directions_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The directions that run from now on, in their order."""
@@ -173,6 +191,34 @@ def test_only_the_tensor_that_a_gradient_reads_is_saved(needed: tuple[bool, bool
         convolution("dgrad", a, b, geometry, size)
     (only,) = saved
     assert only.data_ptr() == (b if needed[0] else a).data_ptr()
+
+
+def test_the_gradient_of_a_bias_alone_runs_no_direction_and_saves_nothing(
+    directions_run: list[str],
+) -> None:
+    a, b, geometry, size = inputs_of("dgrad", GEOMETRIES["all"])
+    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        output = convolution("dgrad", a.detach(), b.detach(), geometry, size, bias=bias)
+    assert output.requires_grad
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    assert saved == []
+    assert directions_run == ["dgrad"]
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad, torch.einsum("nchw->c", grad), rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_adds_one_node_to_the_graph_and_not_two() -> None:
+    a, b, geometry, size = inputs_of("dgrad", GEOMETRIES["all"])
+    bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    output = convolution("dgrad", a, b, geometry, size, bias=bias)
+    assert output.grad_fn is not None
+    leaves = [node for node, _ in output.grad_fn.next_functions if node is not None]
+    assert [leaf.variable is tensor for leaf, tensor in zip(leaves, (a, b, bias), strict=True)] == [
+        True
+    ] * 3
 
 
 def test_no_graph_is_made_without_need(directions_run: list[str]) -> None:
@@ -281,11 +327,14 @@ class CallByPyTorch:
         geometry: Geometry,
         size: Pair,
         flags: dgrad.Flags | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         self.direction, self.geometry, self.size = direction, geometry, size
+        self.has_bias = bias is not None
 
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        return _fallback.run(self.direction, a, b, self.geometry, self.size)
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert (bias is not None) is self.has_bias, "it was made ready for another problem"
+        return _fallback.run(self.direction, a, b, self.geometry, self.size, bias)
 
 
 @pytest.fixture

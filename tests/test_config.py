@@ -187,6 +187,10 @@ def test_workspace_limit_is_read(value: Any, expected: int | None) -> None:
         ("legacy:ALGO_1", (("dgrad", ("legacy:ALGO_1",)),)),
         (["legacy:FFT", "legacy:ALGO_1"], (("dgrad", ("legacy:FFT", "legacy:ALGO_1")),)),
         ({"wgrad": "legacy:FFT"}, (("wgrad", ("legacy:FFT",)),)),
+        ("graph", (("dgrad", ("graph",)),)),
+        (("legacy", "graph"), (("dgrad", ("legacy", "graph")),)),
+        (["graph:eng5_k2=3", "legacy"], (("dgrad", ("graph:eng5_k2=3", "legacy")),)),
+        ({"fprop": "graph", "wgrad": ["legacy"]}, (("fprop", ("graph",)), ("wgrad", ("legacy",)))),
         (
             {"wgrad": "legacy:FFT", "dgrad": "legacy:ALGO_0"},
             (("dgrad", ("legacy:ALGO_0",)), ("wgrad", ("legacy:FFT",))),
@@ -227,6 +231,11 @@ BAD: list[tuple[str, Any, type[Exception]]] = [
     ("algorithm", {"up": "legacy:ALGO_1"}, ValueError),
     ("algorithm", {"dgrad": 1}, ValueError),
     ("algorithm", {"dgrad": None}, ValueError),
+    ("algorithm", "kernel", ValueError),
+    ("algorithm", "Graph", ValueError),
+    ("algorithm", "graph ", ValueError),
+    ("algorithm", ["graph", "ALGO_1"], ValueError),
+    ("algorithm", {"dgrad": "provider"}, ValueError),
     ("fallback", "cpu", ValueError),
     ("fallback", True, ValueError),
 ]
@@ -320,3 +329,18 @@ def test_a_layers_flags_lie_over_the_processs() -> None:
         assert policy.selection == "exhaustive"
         assert config.policy().workspace_limit == 5
         assert config.tf32_allowed(dgrad.Flags(allow_tf32=False)) is False
+
+
+def test_a_bad_algorithm_is_told_the_providers() -> None:
+    with pytest.raises(ValueError, match=r"such as 'legacy:ALGO_1', a provider \(graph or legacy\)"):
+        dgrad.set_flags(algorithm="eng5")
+
+
+def test_flags_that_name_a_provider_can_be_taken_over_by_others() -> None:
+    flags = dgrad.Flags(algorithm={"dgrad": ["graph", "legacy:ALGO_1"], "wgrad": "legacy"})
+    with dgrad.flags(algorithm=flags.algorithm):
+        assert config.policy().wanted("dgrad") == ("graph", "legacy:ALGO_1")
+        assert config.policy().wanted("wgrad") == ("legacy",)
+        assert config.policy().wanted("fprop") == ()
+        assert config.commands("wgrad")
+        assert not config.commands("fprop")

@@ -6,6 +6,8 @@ import copy
 import pickle
 import re
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ BASE: dict[str, Any] = {
     "stride": (2, 2),
     "dilation": (1, 2),
     "groups": 2,
+    "bias": False,
     "alignment": 16,
     "device": 0,
 }
@@ -69,6 +72,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "vertical dilation": {"dilation": (2, 2), "y": (2, 4, 4, 6)},
     "horizontal dilation alone": {"dilation": (1, 1)},
     "groups": {"groups": 1, "x": (2, 3, 9, 11)},
+    "bias": {"bias": True},
     "alignment 8": {"alignment": 8},
     "alignment 1": {"alignment": 1},
     "device": {"device": 1},
@@ -132,6 +136,7 @@ def test_the_text_says_every_value() -> None:
     ):
         assert part in text
     assert "float32/tf32" in str(problem(tf32=True))
+    assert str(problem(bias=True)) == text.replace("dgrad ", "dgrad+bias ", 1)
     assert text in repr(problem())
 
 
@@ -152,6 +157,7 @@ def test_the_same_sizes_by_dilation_and_by_output_padding_are_two_keys() -> None
     assert not torch.equal(first, second)
 
 
+NO_BIAS = r"bias is true, expected false, as direction is not dgrad$"
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "direction": ({"direction": "up"}, r"direction is 'up', expected one of dgrad, fprop, wgrad"),
     "dtype": ({"dtype": "int8"}, r"dtype is 'int8', expected one of float16, bfloat16, float32"),
@@ -171,6 +177,8 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "batch": ({"y": (3, 4, 5, 6)}, r"y is 3x4x5x6, expected the batch size of x"),
     "size of y": ({"y": (2, 4, 5, 5)}, r"y is 2x4x5x5, expected the size of the convolution"),
     "kernel too large": ({"w": (4, 3, 12, 2)}, r"y is 2x4x5x6, expected the size of the conv"),
+    "bias of fprop": ({"bias": True, "direction": "fprop"}, NO_BIAS),
+    "bias of wgrad": ({"bias": True, "direction": "wgrad"}, NO_BIAS),
     "alignment zero": ({"alignment": 0}, r"alignment is 0, expected 1, 2, 4, 8 or 16"),
     "alignment odd": ({"alignment": 3}, r"alignment is 3, expected 1, 2, 4, 8 or 16"),
     "alignment 32": ({"alignment": 32}, r"alignment is 32, expected 1, 2, 4, 8 or 16"),
@@ -197,6 +205,19 @@ def test_what_does_not_fit_in_32_bits_is_refused(field: str, value: int) -> None
 def test_what_does_not_fit_in_64_bits_is_refused(value: int) -> None:
     with pytest.raises(TypeError):
         problem(groups=value)
+
+
+@pytest.mark.parametrize("field", BASE)
+def test_every_field_must_be_given(field: str) -> None:
+    assert core is not None
+    with pytest.raises(TypeError):
+        core.Problem(**{name: value for name, value in BASE.items() if name != field})
+
+
+@pytest.mark.parametrize("value", ["yes", "", [True], {}])
+def test_a_bias_that_is_no_bool_is_refused(value: object) -> None:
+    with pytest.raises(TypeError):
+        problem(bias=value)
 
 
 def large(x: tuple[int, ...], channels: int = 1) -> dict[str, Any]:
@@ -282,16 +303,33 @@ without_device = pytest.mark.skipif(
 )
 
 
-@without_device
-@pytest.mark.parametrize("direction", ["dgrad", "fprop", "wgrad"])
-def test_a_call_that_needs_a_device_says_that_there_is_none(direction: str) -> None:
+# What a cuDNN graph of ours can compute; see Operation in src/graph/operation_graph.hpp.
+OPERATIONS = ("convolution", "convolution_identity", "convolution_bias", "bias", "bias_rows")
+
+
+def calls_that_need_a_device(made: Any) -> list[Callable[[], object]]:
     assert core is not None
-    made = problem(direction=direction)
-    algorithm = core.legacy_algorithms(direction)[0]
-    for call in (
-        lambda: core.legacy_heuristic(made),
-        lambda: core.legacy_plan(made, algorithm, "DEFAULT_MATH"),
-    ):
+    algorithm = core.legacy_algorithms(made.direction)[0]
+    calls: list[Callable[[], object]] = [
+        partial(core.legacy_heuristic, made),
+        partial(core.legacy_plan, made, algorithm, "DEFAULT_MATH"),
+    ]
+    for operation in OPERATIONS if made.bias else OPERATIONS[:2]:
+        calls.append(partial(core.graph_heuristic, made, operation))
+        calls.append(partial(core.graph_plan, made, operation, "eng5_k2=3_k24=0"))
+    return calls
+
+
+@without_device
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("direction", ["dgrad", "dgrad+bias", "fprop", "wgrad"])
+def test_a_call_that_needs_a_device_says_that_there_is_none(
+    direction: str, dtype: str, layout: str
+) -> None:
+    name, _, bias = direction.partition("+")
+    made = problem(direction=name, bias=bool(bias), dtype=dtype, layout=layout)
+    for call in calls_that_need_a_device(made):
         with pytest.raises(dgrad.CudnnNotInitializedError) as caught:
             call()
         error = caught.value
@@ -306,14 +344,20 @@ def test_a_call_that_needs_a_device_says_that_there_is_none(direction: str) -> N
 
 
 @without_device
-def test_a_failing_call_can_be_made_again_and_leaks_nothing() -> None:
+@pytest.mark.parametrize("operation", [None, *OPERATIONS])
+def test_a_failing_call_can_be_made_again_and_leaks_nothing(operation: str | None) -> None:
     assert core is not None
-    made = problem()
+    made = problem(bias=True)
+    plan = (
+        partial(core.legacy_plan, made, "ALGO_0", "DEFAULT_MATH")
+        if operation is None
+        else partial(core.graph_plan, made, operation, "eng5_k2=3_k24=0")
+    )
 
     def fail(times: int) -> None:
         for _ in range(times):
             with pytest.raises(dgrad.CudnnNotInitializedError):
-                core.legacy_plan(made, "ALGO_0", "DEFAULT_MATH")
+                plan()
 
     fail(200)
     before = resident_bytes()
@@ -330,6 +374,34 @@ def test_an_unknown_algorithm_or_math_type_lists_the_known_ones() -> None:
         core.legacy_plan(problem(), "ALGO_0", "FAST")
     with pytest.raises(ValueError, match=r"direction is 'up', expected one of dgrad"):
         core.legacy_algorithms("up")
+
+
+def test_an_unknown_operation_lists_the_known_ones() -> None:
+    assert core is not None
+    words = f"^operation is 'pooling', expected one of {', '.join(OPERATIONS)}$"
+    with pytest.raises(ValueError, match=words):
+        core.graph_heuristic(problem(), "pooling")
+    with pytest.raises(ValueError, match=words):
+        core.graph_plan(problem(), "pooling", "eng5")
+
+
+WRONG_ENGINES = (
+    "", "5", "eng", "ENG5", "eng 5", " eng5", "eng5 ", "eng+5", "eng5_", "eng5_k2", "eng5_k2=",
+    "eng5_k=3", "eng5_k2=3=4", "eng5k2=3", "eng5_k2=3_", "eng5,k2=3", "eng5\0", "eng5+identity",
+    f"eng{2**63}", f"eng5_k{2**63}=0", f"eng5_k2={2**63}", "eng\u0665",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", WRONG_ENGINES, ids=ascii)
+def test_a_wrong_engine_is_named_once_there_is_a_device(engine: str) -> None:
+    assert core is not None
+    expected: type[Exception] = dgrad.CudnnNotInitializedError  # the handle is made before
+    words = "cudnnCreate returned 1001"
+    if torch.cuda.is_available():
+        expected = ValueError
+        words = re.escape(f"engine is '{engine}', expected a name such as 'eng5_k2=3_k24=0'")
+    with pytest.raises(expected, match=f"^{words}"):
+        core.graph_plan(problem(), "convolution", engine)
 
 
 # The enums of cuDNN's documentation (cudnn_cnn: cudnnConvolutionBwdDataAlgo_t and so on).

@@ -364,19 +364,18 @@ def cpu_taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """CPU tensors are prepared as CUDA tensors are; the list holds the input pointers of calls."""
     unsuitable, pointers = functional._unsuitable, []
 
-    def without_devices(input: Tensor, weight: Tensor) -> str | None:
-        reason = unsuitable(input, weight)
-        if input.is_neg() or weight.is_neg() or torch._C._functorch.peek_interpreter_stack():
-            return reason
-        return None
+    def without_devices(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+        reason = unsuitable(input, weight, bias)
+        negative = any(t.is_neg() for t in (input, weight, bias) if t is not None)
+        return reason if negative or torch._C._functorch.peek_interpreter_stack() else None
 
     class Recorder:
         def __init__(self, direction: str, a: Tensor, b: Tensor, *_: Any) -> None:
             pass
 
-        def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
             pointers.append(a.data_ptr())
-            return F.conv_transpose2d(a, b)
+            return F.conv_transpose2d(a, b, bias)
 
     monkeypatch.setattr(functional, "_unsuitable", without_devices)
     monkeypatch.setattr(functional, "Call", Recorder)
@@ -387,6 +386,21 @@ def test_a_call_is_found_again(cpu_taken_for_a_gpu: list[int]) -> None:
     dgrad.conv_transpose2d(X, W)
     dgrad.conv_transpose2d(X, W)
     assert len(cpu_taken_for_a_gpu) == 2
+
+
+def test_a_call_with_a_bias_gets_it(cpu_taken_for_a_gpu: list[int]) -> None:
+    assert torch.equal(dgrad.conv_transpose2d(X, W, BIAS), F.conv_transpose2d(X, W, BIAS))
+    assert torch.equal(dgrad.conv_transpose2d(X, W), F.conv_transpose2d(X, W))
+    assert len(cpu_taken_for_a_gpu) == 2
+
+
+@pytest.mark.parametrize("negative", [0, 1, 2])
+def test_a_negative_view_is_pytorchs_to_run(negative: int, cpu_taken_for_a_gpu: list[int]) -> None:
+    dgrad.conv_transpose2d(X, W, BIAS)  # a remembered call of the same sizes
+    tensors = [X, W, BIAS]
+    tensors[negative] = tensors[negative]._neg_view()
+    assert torch.equal(dgrad.conv_transpose2d(*tensors), F.conv_transpose2d(*tensors))
+    assert len(cpu_taken_for_a_gpu) == 1
 
 
 def test_a_call_inside_a_transform_does_not_send_later_ones_to_pytorch(

@@ -102,7 +102,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(content: Mapping[str, byte
     python = {
         f"dgrad/{path.relative_to(package).as_posix()}"
         for path in package.rglob("*")
-        if path.suffix in {".py", ".pyi"} or path.name in {"py.typed", "selection.schema.json"}
+        if path.suffix in {".py", ".pyi", ".json"} or path.name == "py.typed"
     }
     assert {"dgrad/__init__.py", "dgrad/_core.pyi", "dgrad/py.typed"} <= python
     (module,) = (name for name in content if name.startswith("dgrad/_core.") and ".so" in name)
@@ -123,7 +123,7 @@ def test_the_wheel_tells_its_name_version_license_and_needs(
     assert metadata["License-File"] == "LICENSE"
     needs = metadata.get_all("Requires-Dist", [])
     assert {need for need in needs if "extra ==" not in need} == {"torch>=2.4", "rich"}
-    assert set(metadata.get_all("Provides-Extra", [])) == {"cudnn", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cudnn", "plot", "test", "dev"}
 
 
 def test_the_wheel_installs_the_dgrad_command(content: Mapping[str, bytes]) -> None:

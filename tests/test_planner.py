@@ -5,14 +5,11 @@ cuDNN's part is played by a fake: its answers are the premise here, not what is 
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import threading
-import tracemalloc
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,146 +19,40 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import dgrad
-from dgrad import _candidates, config, planner
+from dgrad import config
 from dgrad._geometry import Geometry, Pair, output_size
-from dgrad.exceptions import CudnnError, TorchOutOfMemoryError, cudnn_error
-from dgrad.planner import Runner
+from dgrad._runner import Runner
+from dgrad.exceptions import TorchOutOfMemoryError, cudnn_error
 from dgrad.selection import Candidate, Selection, format_bytes, reasons_table, reproduction
-
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class FakeProblem:
-    """The fields of dgrad._core.Problem."""
-
-    direction: str = "dgrad"
-    dtype: str = "float32"
-    tf32: bool = True
-    layout: str = "nchw"
-    x: tuple[int, ...] = (1, 2, 7, 7)
-    w: tuple[int, ...] = (4, 2, 3, 3)
-    y: tuple[int, ...] = (1, 4, 3, 3)
-    padding: Pair = (0, 0)
-    stride: Pair = (2, 2)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-    alignment: int = 16
-    device: int = 0
-
-
-@dataclass
-class FakeResult:
-    algorithm: str
-    math_type: str = "DEFAULT_MATH"
-    deterministic: bool = True
-    workspace_bytes: int = 0
-    rejected: str = ""
-
-
-class FakePlan:
-    def __init__(self, core: FakeCore, name: str, workspace_bytes: int) -> None:
-        self.core, self.name, self.workspace_bytes = core, name, workspace_bytes
-
-    def execute(self, x: int, w: int, y: int, workspace: int, stream: int) -> None:
-        self.core.attempts.append(self.name)
-        if self.name in self.core.failing:
-            raise self.core.failing[self.name]
-        assert bool(workspace) is bool(self.workspace_bytes)
-        self.core.ran.append((self.name, x, w, y, stream))
-
-
-class FakeCore:
-    """Answers like the native module, and notes what it is asked."""
-
-    def __init__(self, *results: FakeResult) -> None:
-        self.results: list[FakeResult] | CudnnError = list(results)
-        self.failing: dict[str, Exception] = {}  # by algorithm: raised when it runs
-        self.unplannable: dict[str, Exception] = {}  # by algorithm: raised when it is planned
-        self.true_workspace_bytes: dict[str, int] = {}  # where the heuristic's number is wrong
-        self.free_bytes = 2**40
-        self.heuristics = 0
-        self.planned: list[tuple[str, str]] = []
-        self.attempts: list[str] = []
-        self.ran: list[tuple[str, int, int, int, int]] = []
-
-    def Problem(self, **fields: Any) -> FakeProblem:
-        return FakeProblem(**fields)
-
-    def legacy_algorithms(self, direction: str) -> list[str]:
-        return ["ALGO_0", "ALGO_1"]
-
-    def legacy_heuristic(self, problem: FakeProblem) -> list[FakeResult]:
-        self.heuristics += 1
-        if isinstance(self.results, CudnnError):
-            raise self.results
-        return self.results
-
-    def legacy_plan(self, problem: FakeProblem, algorithm: str, math_type: str) -> FakePlan:
-        self.planned.append((algorithm, math_type))
-        if algorithm in self.unplannable:
-            raise self.unplannable[algorithm]
-        assert isinstance(self.results, list)
-        estimated = next(
-            result.workspace_bytes
-            for result in self.results
-            if (result.algorithm, result.math_type) == (algorithm, math_type)
-        )
-        return FakePlan(self, algorithm, self.true_workspace_bytes.get(algorithm, estimated))
-
-    def storage(self, size: int, device: torch.device) -> Any:
-        assert device == torch.device("cuda", 0)
-        if size > self.free_bytes:
-            raise TorchOutOfMemoryError(f"CUDA out of memory. Tried to allocate {size}.\nAnd so on")
-        return SimpleNamespace(data_ptr=lambda: 4096)
-
-
-Start = Callable[..., FakeCore]
-HEURISTIC = config.policy(dgrad.Flags(selection="heuristic"))
+from fake_cudnn import (
+    HEURISTIC,
+    MIB,
+    STREAM,
+    FakeEngine,
+    FakeProblem,
+    FakeResult,
+    Start,
+    W,
+    X,
+    Y,
+    fake_times,
+    names,
+    refused,
+    run,
+    starting,
+)
 
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Puts a fake with these results in place of cuDNN."""
-
-    def put(*results: FakeResult) -> FakeCore:
-        core = FakeCore(*results)
-        monkeypatch.setattr(_candidates, "_loader", SimpleNamespace(require=lambda: core))
-        driver = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 77)
-        fake_torch = SimpleNamespace(
-            UntypedStorage=core.storage,
-            device=torch.device,
-            _C=driver,
-            cuda=SimpleNamespace(is_current_stream_capturing=lambda: False),
-        )
-        monkeypatch.setattr(planner, "torch", fake_torch)
-        return core
-
-    dgrad.plan_cache.clear()
-    yield put
-    dgrad.plan_cache.clear()
-
-
-def run(problem: FakeProblem | None = None, **flags: Any) -> None:
-    with dgrad.flags(**{"selection": "heuristic", **flags}):
-        Runner(problem or FakeProblem(), config.policy()).run(1, 2, 3)  # type: ignore[arg-type]
-
-
-def refused(problem: FakeProblem | None = None, **flags: Any) -> str:
-    with pytest.raises(dgrad.NotSupportedError) as caught:
-        run(problem, **flags)
-    assert type(caught.value) is dgrad.NotSupportedError
-    return str(caught.value)
-
-
-def names(core: FakeCore) -> list[str]:
-    return [name for name, *_ in core.ran]
+    yield from starting(monkeypatch)
 
 
 def test_the_first_in_cudnns_order_runs(start: Start) -> None:
-    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"), FakeResult("FFT"))
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"), FakeResult("GEMM"))
     run()
-    assert core.ran == [("ALGO_1", 1, 2, 3, 77)]
+    pointers = (X.data_ptr(), W.data_ptr(), Y.data_ptr())
+    assert core.ran == [("ALGO_1", *pointers, 0, STREAM)]
     assert core.planned == [("ALGO_1", "DEFAULT_MATH")]
 
 
@@ -173,9 +64,9 @@ def test_a_workspace_is_had_from_the_allocator(start: Start) -> None:
 
 def test_a_runner_plans_once_and_runs_often(start: Start) -> None:
     core = start(FakeResult("ALGO_1"))
-    runner = Runner(FakeProblem(), HEURISTIC)  # type: ignore[arg-type]
+    runner = Runner(FakeProblem(), HEURISTIC)
     for _ in range(3):
-        runner.run(1, 2, 3)
+        runner.run(X, W, Y)
     assert len(core.planned) == 1
     assert len(core.ran) == 3
 
@@ -195,7 +86,7 @@ def test_cudnn_is_asked_once_for_each_problem(start: Start) -> None:
 
 
 def test_what_cudnn_rejects_does_not_run(start: Start) -> None:
-    core = start(FakeResult("FFT", rejected="CUDNN_STATUS_NOT_SUPPORTED"), FakeResult("ALGO_0"))
+    core = start(FakeResult("GEMM", rejected="CUDNN_STATUS_NOT_SUPPORTED"), FakeResult("ALGO_0"))
     run()
     assert names(core) == ["ALGO_0"]
 
@@ -210,23 +101,23 @@ def test_deterministic_forbids_what_is_not(start: Start) -> None:
 
 def test_the_workspace_limit_forbids_what_takes_more(start: Start) -> None:
     core = start(
-        FakeResult("FFT", workspace_bytes=2 * MIB),
+        FakeResult("GEMM", workspace_bytes=2 * MIB),
         FakeResult("ALGO_1", workspace_bytes=MIB),
         FakeResult("ALGO_0"),
     )
     for limit in (None, 2 * MIB, 2 * MIB - 1, MIB, MIB - 1, 0):
         run(workspace_limit=limit)
-    assert names(core) == ["FFT", "FFT", "ALGO_1", "ALGO_1", "ALGO_0", "ALGO_0"]
+    assert names(core) == ["GEMM", "GEMM", "ALGO_1", "ALGO_1", "ALGO_0", "ALGO_0"]
 
 
 def test_the_limit_holds_for_the_true_workspace_and_not_the_estimate(start: Start) -> None:
-    core = start(FakeResult("FFT", workspace_bytes=10), FakeResult("ALGO_0"))
-    core.true_workspace_bytes["FFT"] = 3 * MIB
+    core = start(FakeResult("GEMM", workspace_bytes=10), FakeResult("ALGO_0"))
+    core.true_workspace_bytes["GEMM"] = 3 * MIB
     run(workspace_limit=MIB)
     assert names(core) == ["ALGO_0"]
     run(workspace_limit=3 * MIB)
-    assert names(core) == ["ALGO_0", "FFT"]
-    text = refused(workspace_limit=MIB, algorithm="legacy:FFT")
+    assert names(core) == ["ALGO_0", "GEMM"]
+    text = refused(workspace_limit=MIB, algorithm="legacy:GEMM")
     assert "its workspace of 3.0 MiB is over workspace_limit 1.0 MiB" in text
 
 
@@ -275,24 +166,134 @@ def test_a_forced_algorithm_holds_for_its_direction_alone(start: Start) -> None:
 def test_a_forced_algorithm_that_is_not_usable_raises_with_all_reasons(start: Start) -> None:
     core = start(
         FakeResult("ALGO_1"),
-        FakeResult("FFT", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
+        FakeResult("GEMM", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
         FakeResult("ALGO_0", deterministic=False, math_type="TENSOR_OP_MATH"),
     )
     problem = FakeProblem()
-    text = refused(problem, algorithm="legacy:FFT")
+    text = refused(problem, algorithm="legacy:GEMM")
     assert core.ran == []
     assert f"no usable candidate for {problem}" in text
     reasons = {line.split()[0]: line for line in text.splitlines() if "legacy:" in line[:10]}
-    assert set(reasons) == {"legacy:ALGO_1", "legacy:FFT", "legacy:ALGO_0"}
-    assert "algorithm='legacy:FFT' is asked for" in reasons["legacy:ALGO_1"]
-    assert "algorithm='legacy:FFT' is asked for" in reasons["legacy:ALGO_0"]
-    assert "cuDNN's heuristic says CUDNN_STATUS_NOT_SUPPORTED" in reasons["legacy:FFT"]
+    assert set(reasons) == {"legacy:ALGO_1", "legacy:GEMM", "legacy:ALGO_0"}
+    assert "algorithm='legacy:GEMM' is asked for" in reasons["legacy:ALGO_1"]
+    assert "algorithm='legacy:GEMM' is asked for" in reasons["legacy:ALGO_0"]
+    assert "cuDNN's heuristic says CUDNN_STATUS_NOT_SUPPORTED" in reasons["legacy:GEMM"]
     snippet = text.partition("To reproduce:\n\n")[2]
     compile(snippet, "snippet", "exec")
-    assert "algorithm={'dgrad': 'legacy:FFT'}" in snippet
+    assert "algorithm={'dgrad': 'legacy:GEMM'}" in snippet
     assert "fallback='error'" in snippet
     run(problem)
     assert names(core) == ["ALGO_1"]
+
+
+ENGINES = [FakeEngine("eng1", ["TENSOR_CORE"]), FakeEngine("eng2_k2=3")]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        ("graph", "convolution:eng1"),
+        ("legacy", "ALGO_1"),
+        (["legacy", "graph"], "ALGO_1"),
+        (["graph:eng2_k2=3", "legacy"], "convolution:eng2_k2=3"),
+        (["legacy:ALGO_9", "graph"], "convolution:eng1"),
+        ("graph:eng2_k2=3", "convolution:eng2_k2=3"),
+    ],
+    ids=str,
+)
+def test_a_forced_provider_runs_in_the_order_asked_for(
+    start: Start, algorithm: Any, expected: str
+) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"), convolution=ENGINES)
+    run(algorithm=algorithm)
+    assert names(core) == [expected]
+    ((selection, _),) = dgrad.selections()
+    by_name = algorithm == "graph:eng2_k2=3"
+    assert selection.source == ("forced" if by_name else "heuristic")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "measured", "ran"),
+    [
+        ("graph", [["convolution:eng1", "convolution:eng2_k2=3"]], "convolution:eng2_k2=3"),
+        ("legacy", [["ALGO_1", "ALGO_0"]], "ALGO_0"),
+        (
+            ["legacy", "graph"],
+            [["convolution:eng1", "convolution:eng2_k2=3", "ALGO_1", "ALGO_0"]],
+            "ALGO_0",
+        ),
+        (["graph:eng1", "legacy"], [["convolution:eng1", "ALGO_1", "ALGO_0"]], "convolution:eng1"),
+        (["graph:eng1", "graph:eng2_k2=3"], [], "convolution:eng1"),
+        ("legacy:ALGO_1", [], "ALGO_1"),
+    ],
+    ids=str,
+)
+def test_a_forced_provider_is_measured_and_a_forced_name_is_not(
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    algorithm: Any,
+    measured: list[list[str]],
+    ran: str,
+) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"), convolution=ENGINES)
+    times: dict[str, float | None] = {
+        "convolution:eng1": 2.0, "convolution:eng2_k2=3": 1.0, "ALGO_1": 4.0, "ALGO_0": 3.0,
+    }  # fmt: skip
+    found = fake_times(core, monkeypatch, times)
+    run(selection="measure", algorithm=algorithm)
+    assert found == measured
+    assert names(core) == [ran]
+    assert dgrad.selections()[0][0].source == ("measured" if measured else "forced")
+
+
+def test_what_a_forced_provider_left_out_is_measured_without_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"), convolution=ENGINES)
+    times: dict[str, float | None] = {
+        "convolution:eng1": 2.0, "convolution:eng2_k2=3": 1.0, "ALGO_1": 4.0, "ALGO_0": 0.5,
+    }  # fmt: skip
+    measured = fake_times(core, monkeypatch, times)
+    run(selection="measure", algorithm="graph")
+    run(selection="measure")
+    assert measured == [["convolution:eng1", "convolution:eng2_k2=3"], ["ALGO_1", "ALGO_0"]]
+    assert names(core) == ["convolution:eng2_k2=3", "ALGO_0"]
+
+
+def test_a_forced_provider_that_has_nothing_raises_with_all_reasons(start: Start) -> None:
+    core = start(FakeResult("ALGO_1"), convolution=cudnn_error(3000, "no such graph", "f", ""))
+    text = refused(algorithm="graph")
+    assert core.ran == []
+    assert "graph:engines (DEFAULT_MATH)" in text
+    assert "no such graph" in text
+    assert "algorithm='graph' is asked for" in text
+    assert "algorithm={'dgrad': 'graph'}" in text.partition("To reproduce:")[2]
+    run()
+    assert names(core) == ["ALGO_1"]
+
+
+@pytest.mark.parametrize("fft", ["FFT", "FFT_TILING"])
+@pytest.mark.parametrize("flags", [{}, {"algorithm": "legacy"}], ids=["any", "legacy"])
+def test_fft_runs_only_where_it_is_named(
+    start: Start, fft: str, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(FakeResult(fft), FakeResult("ALGO_1"), FakeResult("ALGO_0"))
+    measured = fake_times(core, monkeypatch, {fft: 0.1, "ALGO_1": 2.0, "ALGO_0": 1.0})
+    run(**flags)
+    run(selection="exhaustive", **flags)
+    assert measured == [["ALGO_1", "ALGO_0"]]
+    run(selection="exhaustive", algorithm=["legacy:" + fft, "legacy"])
+    assert names(core) == ["ALGO_1", "ALGO_0", fft]
+    reasons = [selection.verdicts()[0] for selection, _ in dgrad.selections()]
+    words = "rejected: it spreads NaN and infinity over the image, which PyTorch's choice does not"
+    assert reasons[0].startswith(f"{words}; algorithm='legacy:{fft}' lets it run")
+    assert reasons[1].startswith(words)
+    assert reasons[2] == "chosen"
+
+
+def test_fft_alone_is_not_enough(start: Start) -> None:
+    start(FakeResult("FFT"))
+    assert "algorithm='legacy:FFT' lets it run" in refused()
 
 
 def test_an_unknown_algorithm_raises_with_those_there_are(start: Start) -> None:
@@ -329,58 +330,58 @@ NOT_SUPPORTED = cudnn_error(3000, "cudnnRun returned 3000: the why\nmore lines",
 
 @pytest.mark.parametrize("when", ["unplannable", "failing"])
 def test_an_algorithm_that_fails_is_not_tried_again(start: Start, when: str) -> None:
-    core = start(FakeResult("FFT"), FakeResult("ALGO_1"))
-    getattr(core, when)["FFT"] = NOT_SUPPORTED
+    core = start(FakeResult("GEMM"), FakeResult("ALGO_1"))
+    getattr(core, when)["GEMM"] = NOT_SUPPORTED
     for _ in range(3):
         run()
         run(deterministic=True)
     assert names(core) == ["ALGO_1"] * 6
-    assert core.planned.count(("FFT", "DEFAULT_MATH")) == 1
-    assert core.attempts.count("FFT") == (when == "failing")
-    text = refused(algorithm="legacy:FFT")
+    assert core.planned.count(("GEMM", "DEFAULT_MATH")) == 1
+    assert core.attempts.count("GEMM") == (when == "failing")
+    text = refused(algorithm="legacy:GEMM")
     assert "cudnnRun returned 3000: the why" in text
     assert "more lines" not in text
-    assert core.planned.count(("FFT", "DEFAULT_MATH")) == 1
+    assert core.planned.count(("GEMM", "DEFAULT_MATH")) == 1
 
 
 def test_a_failure_on_one_thread_is_known_to_all(start: Start) -> None:
-    core = start(FakeResult("FFT"), FakeResult("ALGO_1"))
-    core.failing["FFT"] = NOT_SUPPORTED
+    core = start(FakeResult("GEMM"), FakeResult("ALGO_1"))
+    core.failing["GEMM"] = NOT_SUPPORTED
     run()
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert core.attempts == ["FFT", "ALGO_1", "ALGO_1"]
+    assert core.attempts == ["GEMM", "ALGO_1", "ALGO_1"]
 
 
 def test_an_algorithm_that_fails_later_is_replaced_in_the_same_runner(start: Start) -> None:
-    core = start(FakeResult("FFT"), FakeResult("ALGO_1"))
-    runner = Runner(FakeProblem(), HEURISTIC)  # type: ignore[arg-type]
-    runner.run(1, 2, 3)
-    core.failing["FFT"] = NOT_SUPPORTED
-    runner.run(1, 2, 3)
-    assert names(core) == ["FFT", "ALGO_1"]
+    core = start(FakeResult("GEMM"), FakeResult("ALGO_1"))
+    runner = Runner(FakeProblem(), HEURISTIC)
+    runner.run(X, W, Y)
+    core.failing["GEMM"] = NOT_SUPPORTED
+    runner.run(X, W, Y)
+    assert names(core) == ["GEMM", "ALGO_1"]
 
 
 def test_an_error_that_is_not_cudnns_is_passed_on(start: Start) -> None:
-    core = start(FakeResult("FFT"), FakeResult("ALGO_1"))
-    core.failing["FFT"] = KeyError("a bug")
+    core = start(FakeResult("GEMM"), FakeResult("ALGO_1"))
+    core.failing["GEMM"] = KeyError("a bug")
     with pytest.raises(KeyError):
         run()
 
 
 def test_out_of_memory_lets_the_next_one_run(start: Start) -> None:
-    core = start(FakeResult("FFT", workspace_bytes=3 * MIB), FakeResult("ALGO_1"))
+    core = start(FakeResult("GEMM", workspace_bytes=3 * MIB), FakeResult("ALGO_1"))
     core.free_bytes = MIB
     run()
     run()
     assert names(core) == ["ALGO_1"] * 2
-    assert core.planned.count(("FFT", "DEFAULT_MATH")) == 1
+    assert core.planned.count(("GEMM", "DEFAULT_MATH")) == 1
 
 
 def test_out_of_memory_for_all_is_told_apart(start: Start) -> None:
     core = start(
-        FakeResult("FFT", workspace_bytes=3 * MIB),
+        FakeResult("GEMM", workspace_bytes=3 * MIB),
         FakeResult("WINOGRAD", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
     )
     core.free_bytes = MIB
@@ -396,18 +397,18 @@ def test_out_of_memory_for_all_is_told_apart(start: Start) -> None:
 
 
 def test_memory_that_was_freed_is_used_again(start: Start) -> None:
-    core = start(FakeResult("FFT", workspace_bytes=3 * MIB))
+    core = start(FakeResult("GEMM", workspace_bytes=3 * MIB))
     core.free_bytes = MIB
     with pytest.raises(dgrad.OutOfMemoryError):
         run()
     core.free_bytes = 4 * MIB
     run()
-    assert names(core) == ["FFT"]
+    assert names(core) == ["GEMM"]
 
 
 def test_what_the_flags_forbid_is_not_out_of_memory(start: Start) -> None:
     core = start(
-        FakeResult("FFT", workspace_bytes=3 * MIB),
+        FakeResult("GEMM", workspace_bytes=3 * MIB),
         FakeResult("WINOGRAD", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
         FakeResult("ALGO_0"),
     )
@@ -454,25 +455,25 @@ def test_debug_says_a_line_for_each_candidate(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     core = start(
-        FakeResult("FFT"),
+        FakeResult("GEMM"),
         FakeResult("WINOGRAD", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
         FakeResult("ALGO_0", deterministic=False),
         FakeResult("ALGO_1"),
-        FakeResult("FFT_TILING"),
+        FakeResult("DIRECT"),
     )
-    core.failing["FFT"] = NOT_SUPPORTED
+    core.failing["GEMM"] = NOT_SUPPORTED
     with caplog.at_level(logging.DEBUG, logger="dgrad"):
         run(deterministic=True)
     lines = messages(caplog, logging.DEBUG)
-    assert lines[0].startswith("rejected legacy:FFT (DEFAULT_MATH) for FakeProblem")
+    assert lines[0].startswith("rejected legacy:GEMM (DEFAULT_MATH) for FakeProblem")
     assert lines[1:] == [
-        "candidate legacy:FFT (DEFAULT_MATH): rejected: cudnnRun returned 3000: the why",
+        "candidate legacy:GEMM (DEFAULT_MATH): rejected: cudnnRun returned 3000: the why",
         "candidate legacy:WINOGRAD (DEFAULT_MATH): rejected: cuDNN's heuristic says "
         "CUDNN_STATUS_NOT_SUPPORTED",
         "candidate legacy:ALGO_0 (DEFAULT_MATH): rejected: it is not deterministic, and "
         "deterministic algorithms are asked for",
         "candidate legacy:ALGO_1 (DEFAULT_MATH): chosen",
-        "candidate legacy:FFT_TILING (DEFAULT_MATH): later in cuDNN's order",
+        "candidate legacy:DIRECT (DEFAULT_MATH): later in cuDNN's order",
     ]
 
 
@@ -503,11 +504,11 @@ def test_a_selection_is_plain_data() -> None:
 
 def test_a_replaced_candidate_is_announced(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
-    runner = Runner(FakeProblem(), HEURISTIC)  # type: ignore[arg-type]
+    runner = Runner(FakeProblem(), HEURISTIC)
     with caplog.at_level(logging.INFO, logger="dgrad"):
-        runner.run(1, 2, 3)
+        runner.run(X, W, Y)
         core.failing["ALGO_1"] = cudnn_error(3000, "no longer", "cudnnConvolution", "")
-        runner.run(1, 2, 3)
+        runner.run(X, W, Y)
     assert [line.split()[1] for line in messages(caplog, logging.INFO)] == [
         "legacy:ALGO_1", "legacy:ALGO_0",
     ]  # fmt: skip
@@ -542,44 +543,19 @@ def test_what_a_flag_asks_for_is_not_left_to_pytorch(flags: dict[str, Any]) -> N
 # --- measured times -----------------------------------------------------------------------------
 
 
-def fake_times(monkeypatch: pytest.MonkeyPatch, times: dict[str, float | None]) -> list[list[str]]:
-    """Timing gives these; returns what is timed, a list for each measuring."""
-    measured: list[list[str]] = []
-    names_of: dict[int, str] = {}
-    timed_run = Runner._timed_run
-
-    def named(self: Runner, plan: FakePlan, x: int, w: int, y: int) -> Any:
-        run = timed_run(self, plan, x, w, y)  # type: ignore[arg-type]
-        names_of[id(run)] = plan.name
-        return run
-
-    def measure(contestants: list[Any], budget_s: float | None, errors: Any) -> None:
-        measured.append([names_of[id(contestant.run)] for contestant in contestants])
-        for contestant in contestants:
-            time = times[names_of[id(contestant.run)]]
-            contestant.samples_ms = [] if time is None else [time]
-
-    monkeypatch.setattr(Runner, "_timed_run", named)
-    monkeypatch.setattr(planner, "measure", measure)
-    planner.torch.cuda = SimpleNamespace(  # type: ignore[misc, assignment]
-        is_current_stream_capturing=lambda: False, memory_reserved=lambda device: 0
-    )
-    return measured
-
-
 THREE = (
     FakeResult("ALGO_1", workspace_bytes=2 * MIB),
     FakeResult("ALGO_0", deterministic=False),
-    FakeResult("FFT", workspace_bytes=MIB),
+    FakeResult("GEMM", workspace_bytes=MIB),
 )
 
 
 def test_the_fastest_runs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     core = start(*THREE)
-    measured = fake_times(monkeypatch, {"ALGO_1": 2.0, "ALGO_0": 3.0, "FFT": 1.0})
+    measured = fake_times(core, monkeypatch, {"ALGO_1": 2.0, "ALGO_0": 3.0, "GEMM": 1.0})
     run(selection="measure")
-    assert measured == [["ALGO_1", "ALGO_0", "FFT"]]
-    assert names(core) == ["FFT"]
+    assert measured == [["ALGO_1", "ALGO_0", "GEMM"]]
+    assert names(core) == ["GEMM"]
     ((selection, uses),) = dgrad.selections()
     assert uses == 1
     assert selection.source == "measured"
@@ -591,22 +567,22 @@ def test_within_the_noise_the_deterministic_and_then_the_smaller_wins(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = start(*THREE)
-    fake_times(monkeypatch, {"ALGO_1": 1.01, "ALGO_0": 1.0, "FFT": 1.02})
+    fake_times(core, monkeypatch, {"ALGO_1": 1.01, "ALGO_0": 1.0, "GEMM": 1.02})
     run(selection="measure")
-    assert names(core) == ["FFT"]
+    assert names(core) == ["GEMM"]
 
 
 def test_flags_choose_among_known_times_without_measuring(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = start(*THREE)
-    measured = fake_times(monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 2.0, "FFT": 3.0})
+    measured = fake_times(core, monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 2.0, "GEMM": 3.0})
     run(selection="measure")
     run(selection="measure", workspace_limit=MIB)
     run(selection="measure", workspace_limit=MIB, deterministic=True)
     run(selection="heuristic")
     assert len(measured) == 1
-    assert names(core) == ["ALGO_1", "ALGO_0", "FFT", "ALGO_1"]
+    assert names(core) == ["ALGO_1", "ALGO_0", "GEMM", "ALGO_1"]
     limited = dgrad.selections()[1][0]
     assert limited.verdicts()[0].endswith("(50.0 % faster)")
     assert "with 2.0 MiB of workspace legacy:ALGO_1 (DEFAULT_MATH) would take 1 ms" in str(limited)
@@ -616,10 +592,10 @@ def test_a_larger_limit_measures_what_the_smaller_left_out(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = start(*THREE)
-    measured = fake_times(monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 2.0, "FFT": 3.0})
+    measured = fake_times(core, monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 2.0, "GEMM": 3.0})
     run(selection="measure", workspace_limit=MIB)
     run(selection="measure")
-    assert measured == [["ALGO_0", "FFT"], ["ALGO_1"]]
+    assert measured == [["ALGO_0", "GEMM"], ["ALGO_1"]]
     assert names(core) == ["ALGO_0", "ALGO_1"]
 
 
@@ -627,74 +603,50 @@ def test_what_the_budget_left_out_is_timed_by_exhaustive_only(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = start(*THREE)
-    times: dict[str, float | None] = {"ALGO_1": 2.0, "ALGO_0": 3.0, "FFT": None}
-    measured = fake_times(monkeypatch, times)
+    times: dict[str, float | None] = {"ALGO_1": 2.0, "ALGO_0": 3.0, "GEMM": None}
+    measured = fake_times(core, monkeypatch, times)
     run(selection="measure")
     assert dgrad.selections()[0][0].verdicts()[2] == "not timed: the budget was spent"
     run(selection="measure", deterministic=True)
     assert len(measured) == 1
-    times["FFT"] = 1.0
+    times["GEMM"] = 1.0
     run(selection="exhaustive")
-    assert measured[1] == ["FFT"]
-    assert names(core) == ["ALGO_1", "ALGO_1", "FFT"]
+    assert measured[1] == ["GEMM"]
+    assert names(core) == ["ALGO_1", "ALGO_1", "GEMM"]
 
 
 def test_forbidding_tf32_needs_no_new_measuring(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = start(
-        FakeResult("ALGO_1"), FakeResult("ALGO_0", "FMA_MATH"), FakeResult("FFT", "FMA_MATH")
+        FakeResult("ALGO_1"), FakeResult("ALGO_0", "FMA_MATH"), FakeResult("GEMM", "FMA_MATH")
     )
-    measured = fake_times(monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 3.0, "FFT": 2.0})
+    measured = fake_times(core, monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 3.0, "GEMM": 2.0})
     run(FakeProblem(tf32=True), selection="measure")
     run(FakeProblem(tf32=False), selection="measure")
-    assert measured == [["ALGO_1", "ALGO_0", "FFT"]]
-    assert names(core) == ["ALGO_1", "FFT"]
+    assert measured == [["ALGO_1", "ALGO_0", "GEMM"]]
+    assert names(core) == ["ALGO_1", "GEMM"]
 
 
 def test_allowing_tf32_measures_what_it_adds_only(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = start(
-        FakeResult("ALGO_1"), FakeResult("ALGO_0", "FMA_MATH"), FakeResult("FFT", "FMA_MATH")
+        FakeResult("ALGO_1"), FakeResult("ALGO_0", "FMA_MATH"), FakeResult("GEMM", "FMA_MATH")
     )
-    measured = fake_times(monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 3.0, "FFT": 2.0})
+    measured = fake_times(core, monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 3.0, "GEMM": 2.0})
     run(FakeProblem(tf32=False), selection="measure")
     run(FakeProblem(tf32=True), selection="measure")
-    assert measured == [["ALGO_0", "FFT"], ["ALGO_1"]]
-    assert names(core) == ["FFT", "ALGO_1"]
+    assert measured == [["ALGO_0", "GEMM"], ["ALGO_1"]]
+    assert names(core) == ["GEMM", "ALGO_1"]
 
 
 def test_one_usable_candidate_is_not_timed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    start(FakeResult("ALGO_1"), FakeResult("FFT", rejected="CUDNN_STATUS_NOT_SUPPORTED"))
-    assert fake_times(monkeypatch, {}) == []
+    core = start(FakeResult("ALGO_1"), FakeResult("GEMM", rejected="CUDNN_STATUS_NOT_SUPPORTED"))
+    measured = fake_times(core, monkeypatch, {})
     run(selection="exhaustive")
+    assert measured == []
     assert dgrad.selections()[0][0].source == "heuristic"
-
-
-def test_a_remembered_problem_takes_less_than_4_kib(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names_ = ("ALGO_1", "ALGO_0", "FFT", "FFT_TILING", "WINOGRAD", "WINOGRAD_NONFUSED")
-    start(
-        *(FakeResult(name, workspace_bytes=1000 + i) for i, name in enumerate(names_)),
-        FakeResult("FFT", "FMA_MATH", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
-        FakeResult("WINOGRAD", "FMA_MATH", rejected="CUDNN_STATUS_NOT_SUPPORTED"),
-    )
-    fake_times(monkeypatch, {name: 1.0 + i for i, name in enumerate(names_)})
-    run(FakeProblem(x=(1, 1, 1, 1)), selection="measure")
-    tracemalloc.start()
-    try:
-        before, _ = tracemalloc.get_traced_memory()
-        for n in range(10_000):
-            # The runner, as a plan in plan_cache, is bounded on its own.
-            run(FakeProblem(x=(n, 2, 3, 4)), selection="measure", deterministic=True)
-        gc.collect()
-        after, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(dgrad.selections()) == 10_001
-    assert (after - before) / 10_000 < 4096
 
 
 def test_a_table_of_reasons_is_aligned() -> None:
@@ -736,8 +688,9 @@ def problems(draw: st.DrawFn) -> FakeProblem:
     large = output_size(size, kernel, Geometry(padding, stride, dilation, groups), extra)
     assume(min(large) >= 1)
     dtype = draw(st.sampled_from(["float32", "float64", "bfloat16"]))
+    direction = draw(st.sampled_from(["dgrad", "fprop", "wgrad"]))
     return FakeProblem(
-        direction=draw(st.sampled_from(["dgrad", "fprop", "wgrad"])),
+        direction=direction,
         dtype=dtype,
         tf32=False,
         layout=draw(st.sampled_from(["nchw", "nhwc"])),
@@ -748,6 +701,7 @@ def problems(draw: st.DrawFn) -> FakeProblem:
         stride=stride,
         dilation=dilation,
         groups=groups,
+        bias=direction == "dgrad" and draw(st.booleans()),
         device=draw(st.integers(0, 3)),
     )
 
@@ -762,15 +716,16 @@ def test_the_snippet_makes_the_same_call(problem: FakeProblem) -> None:
     # There is no GPU here, so the same lines run on the CPU.
     variables: dict[str, Any] = {}
     exec(snippet.replace(f"cuda:{problem.device}", "cpu"), variables)
-    x, w, y = (variables[name] for name in "xwy")
+    x, w, b, y = (variables[name] for name in "xwby")
     assert tuple(x.shape) == problem.y
     assert tuple(w.shape) == problem.w
     assert tuple(y.shape) == problem.x
     assert y.dtype is getattr(torch, problem.dtype)
+    assert (b is not None) is problem.bias
     if problem.layout == "nhwc":
         assert x.is_contiguous(memory_format=torch.channels_last)
     geometry = Geometry(problem.padding, problem.stride, problem.dilation, problem.groups)
     least = output_size(problem.y[2:], problem.w[2:], geometry, (0, 0))
     extra = (problem.x[2] - least[0], problem.x[3] - least[1])
     padding, stride, dilation, groups = geometry
-    assert torch.equal(y, F.conv_transpose2d(x, w, None, stride, padding, extra, groups, dilation))
+    assert torch.equal(y, F.conv_transpose2d(x, w, b, stride, padding, extra, groups, dilation))

@@ -39,6 +39,7 @@ def _problem(**changes: Any) -> Any:
         "stride": (2, 2),
         "dilation": (1, 1),
         "groups": 2,
+        "bias": False,
         "alignment": 16,
         "device": 0,
     }
@@ -54,6 +55,7 @@ def _selection(**changes: Any) -> dgrad.Selection:
         replace(
             best, algorithm="FFT_TILING", rejected=_OUT_OF_MEMORY, out_of_memory=True, time_ms=None
         ),
+        dgrad.Candidate("graph", "eng5_k2=3_k24=0+identity", "FMA_MATH", True, 0, time_ms=0.9),
     )
     fields: Record = {
         "problem": _problem(),
@@ -99,7 +101,7 @@ def test_a_record_validates_and_holds_every_field(record: Record) -> None:
 
 def test_records_under_all_flags_and_sources_validate(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: Record = {"workspace_limit": "1MiB", "measure_budget": 0, "deterministic": True}
-    command = {"dgrad": "legacy:ALGO_1", "wgrad": ["legacy:ALGO_0", "legacy:ALGO_3"]}
+    command = {"dgrad": ["graph:eng5_k2=3", "legacy"], "wgrad": ["legacy:ALGO_0", "graph"]}
     for flags in (dgrad.Flags(**limits), dgrad.Flags(selection="heuristic", algorithm=command)):
         VALIDATOR.validate(_record(monkeypatch, config.policy(flags)))
     for source in ("forced", "heuristic", "stored"):
@@ -109,6 +111,18 @@ def test_records_under_all_flags_and_sources_validate(monkeypatch: pytest.Monkey
         {"direction": "wgrad", "tf32": False, "device": 3},
     ):
         VALIDATOR.validate(_record(monkeypatch, problem=_problem(**changes)))
+
+
+@pytest.mark.parametrize("bias", ["fused", "add", "eng1_k24=4"])
+def test_records_of_each_way_to_add_a_bias_validate(
+    bias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = _selection()
+    candidates = tuple(replace(candidate, bias=bias) for candidate in plain.candidates)
+    record = _record(monkeypatch, problem=_problem(bias=True), candidates=candidates)
+    VALIDATOR.validate(record)
+    assert record["problem"]["bias"] is True
+    assert {candidate["bias"] for candidate in record["candidates"]} == {bias}
 
 
 def test_what_explain_prints_as_json_is_the_schemas_selection() -> None:
@@ -148,7 +162,8 @@ def test_no_field_may_lack_be_added_or_have_another_type(record: Record) -> None
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda r: r.update(format=2),
+        lambda r: r.update(format=1),
+        lambda r: r.update(format=3),
         lambda r: r.update(time="yesterday"),
         lambda r: r.update(gpu=None),
         lambda r: r.update(cudnn="nine"),
@@ -159,6 +174,8 @@ def test_no_field_may_lack_be_added_or_have_another_type(record: Record) -> None
         lambda r: r["flags"].update(selection="fastest"),
         lambda r: r["flags"].update(algorithm={"forward": ["legacy:ALGO_1"]}),
         lambda r: r["flags"].update(algorithm={"dgrad": "legacy:ALGO_1"}),
+        lambda r: r["flags"].update(algorithm={"dgrad": ["kernel"]}),
+        lambda r: r["flags"].update(algorithm={"dgrad": ["graphs"]}),
         lambda r: r["flags"].update(workspace_limit="1MiB"),
         lambda r: r["problem"].update(direction="forward"),
         lambda r: r["problem"].update(dtype="float16"),  # and tf32
@@ -167,12 +184,16 @@ def test_no_field_may_lack_be_added_or_have_another_type(record: Record) -> None
         lambda r: r["problem"].update(stride=[0, 1]),
         lambda r: r["problem"].update(padding=[0, -1]),
         lambda r: r["problem"].update(alignment=3),
+        lambda r: r["problem"].update(bias=0),
+        lambda r: r["problem"].update(bias=None),
         lambda r: r["candidates"][0].update(time_ms="0.5 ms"),
         lambda r: r["candidates"][0].update(deterministic=1),
         lambda r: r["candidates"][0].update(workspace_bytes=0.5),
         lambda r: r["candidates"][0].update(provider="other"),
         lambda r: r["candidates"][0].update(out_of_memory=True),  # and not rejected
         lambda r: r["candidates"][0].update(verdict=None),
+        lambda r: r["candidates"][0].update(bias=""),
+        lambda r: r["candidates"][0].update(bias=True),
     ],
 )
 def test_a_wrong_value_is_refused(record: Record, spoil: Callable[[Record], None]) -> None:

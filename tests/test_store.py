@@ -26,7 +26,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgrad import Candidate, _loader, _stored, log, store
+from dgrad import Candidate, _candidates, _loader, _stored, log, store
+from dgrad.exceptions import cudnn_error
 
 _CORE, _REASON = _loader.load()
 pytestmark = [
@@ -34,9 +35,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
 
-HERE = "NVIDIA-H200_sm90_cudnn-9.12.0_v1"
-OTHER_GPU = "NVIDIA-L4_sm89_cudnn-9.12.0_v1"
-OTHER_CUDNN = "NVIDIA-H200_sm90_cudnn-9.19.0_v1"
+HERE = "NVIDIA-H200_sm90_cudnn-9.12.0_v2"
+OTHER_GPU = "NVIDIA-L4_sm89_cudnn-9.12.0_v2"
+OTHER_CUDNN = "NVIDIA-H200_sm90_cudnn-9.19.0_v2"
 EXAMPLES = settings(max_examples=150, deadline=None, database=None)
 folder_name_of_device = store._folder_name
 
@@ -54,6 +55,7 @@ def make_problem(**changes: Any) -> Any:
         "stride": (2, 2),
         "dilation": (1, 1),
         "groups": 1,
+        "bias": False,
         "alignment": 16,
         "device": 0,
     }
@@ -71,6 +73,18 @@ CANDIDATES = [
     Candidate("legacy", "ALGO_0", "DEFAULT_MATH", False, 0, time_ms=0.5),
     Candidate("legacy", "FFT", "FMA_MATH", True, 2**31, skipped=True),
     Candidate("legacy", "WINOGRAD", "DEFAULT_MATH", True, 0, rejected="cuDNN's heuristic says no"),
+    Candidate("graph", "eng5_k2=3_k24=0", "TENSOR_OP_MATH", True, 512, time_ms=0.7),
+    Candidate("graph", "eng0+identity", "FMA_MATH", False, 0, time_ms=0.8),
+    Candidate("graph", "engines+identity", "DEFAULT_MATH", False, 0, rejected="no such graph"),
+]
+_ENGINE = Candidate("graph", "eng5_k2=3_k24=0", "TENSOR_OP_MATH", True, 512, 0.7, bias="eng1_k24=4")
+BIASED = [
+    _ENGINE,
+    replace(_ENGINE, time_ms=0.6, bias="fused"),
+    replace(_ENGINE, time_ms=None, skipped=True, bias="add"),
+    replace(CANDIDATES[0], time_ms=1.0, bias="eng1_k24=4"),
+    replace(CANDIDATES[0], time_ms=0.9, bias="add"),
+    replace(CANDIDATES[6], algorithm="engines", bias="fused"),
 ]
 
 
@@ -102,7 +116,7 @@ def warnings_of_store(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str
 def written(root: Path, problem: Any = None) -> Path:
     """Store an entry and give its file."""
     problem = problem or make_problem()
-    store.write(problem, CANDIDATES)
+    store.write(problem, BIASED if problem.bias else CANDIDATES)
     return root / HERE / _stored.file_name(problem)
 
 
@@ -143,6 +157,51 @@ def test_candidates_come_back_as_they_were(root: Path) -> None:
     assert store.read(make_problem()) == CANDIDATES
 
 
+def test_candidates_of_a_biased_problem_come_back_as_they_were(
+    warnings_of_store: Callable[[], list[str]],
+) -> None:
+    problem = make_problem(bias=True)
+    store.write(problem, BIASED)
+    assert store.read(problem) == BIASED
+    assert [each.bias for each in store.read(problem) or []] == [each.bias for each in BIASED]
+    assert store.read(make_problem()) is None
+    assert warnings_of_store() == []
+
+
+def test_all_that_gather_names_is_stored(
+    monkeypatch: pytest.MonkeyPatch, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    """Also what stands for a provider that refused."""
+    core = _CORE
+    assert core is not None
+
+    def refuse(*_: Any) -> Any:
+        raise cudnn_error(3000, "cudnnBackendFinalize returned 3000", "cudnnBackendFinalize", "")
+
+    def engines(problem: Any, operation: str) -> list[Any]:
+        if operation in refused:
+            refuse()
+        names = {"convolution": ["eng5", "eng0_k2=3"], "bias_rows": ["eng1", "eng2_k24=4"]}
+        return [SimpleNamespace(name=n, notes=["TENSOR_CORE"]) for n in names.get(operation, [])]
+
+    fake = SimpleNamespace(
+        graph_heuristic=engines,
+        graph_plan=lambda *_: None,
+        legacy_heuristic=refuse,
+        legacy_algorithms=core.legacy_algorithms,
+        Problem=core.Problem,
+    )
+    monkeypatch.setattr(_candidates, "_loader", SimpleNamespace(require=lambda: fake))
+    for bias in (False, True):
+        for refused in ((), ("convolution_identity", "convolution_bias"), ("bias_rows",)):
+            problem = make_problem(bias=bias)
+            found = _candidates.gather(problem)
+            store.write(problem, found)
+            assert store.read(problem) == found
+            store.forget()
+    assert warnings_of_store() == []
+
+
 def test_the_file_is_plain_json_without_the_device(root: Path) -> None:
     file = written(root, make_problem(device=3))
     assert content_of(file) == {
@@ -158,6 +217,7 @@ def test_the_file_is_plain_json_without_the_device(root: Path) -> None:
             "stride": [2, 2],
             "dilation": [1, 1],
             "groups": 1,
+            "bias": False,
             "alignment": 16,
         },
         "candidates": [
@@ -186,6 +246,7 @@ def test_the_same_gpu_at_another_index_is_the_same_entry() -> None:
         {"stride": (1, 2), "x": (2, 8, 10, 17)},
         {"dilation": (1, 2), "x": (2, 8, 17, 19)},
         {"groups": 2, "w": (4, 4, 3, 3)},
+        {"bias": True},
         {"alignment": 8},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -260,6 +321,10 @@ def test_a_read_takes_less_than_five_milliseconds() -> None:
         replace(CANDIDATES[0], algorithm=algorithm, math_type=math_type, rejected="x" * 300)
         for algorithm in _loader.require().legacy_algorithms("dgrad")
         for math_type in _stored.MATH_TYPES
+    ]
+    many += [
+        replace(CANDIDATES[4], algorithm=f"eng{n}_k2=3_k14=2_k24=0", rejected="x" * 100)
+        for n in range(100)
     ]
     many[0] = replace(many[0], rejected=None)
     store.write(make_problem(), many)
@@ -342,11 +407,11 @@ def test_folders_and_files_are_the_users_alone(
 @pytest.mark.parametrize(
     ("name", "folder"),
     [
-        ("NVIDIA H200", "NVIDIA-H200_sm90_cudnn-9.12.0_v1"),
-        ("NVIDIA H200 MIG 1g.18gb", "NVIDIA-H200-MIG-1g.18gb_sm90_cudnn-9.12.0_v1"),
-        ("../../x\0\n/ä", "..-..-x-_sm90_cudnn-9.12.0_v1"),
-        ("..", ".._sm90_cudnn-9.12.0_v1"),
-        ("N" * 500, "N" * 100 + "_sm90_cudnn-9.12.0_v1"),
+        ("NVIDIA H200", "NVIDIA-H200_sm90_cudnn-9.12.0_v2"),
+        ("NVIDIA H200 MIG 1g.18gb", "NVIDIA-H200-MIG-1g.18gb_sm90_cudnn-9.12.0_v2"),
+        ("../../x\0\n/ä", "..-..-x-_sm90_cudnn-9.12.0_v2"),
+        ("..", ".._sm90_cudnn-9.12.0_v2"),
+        ("N" * 500, "N" * 100 + "_sm90_cudnn-9.12.0_v2"),
     ],
 )
 def test_a_folder_is_named_by_gpu_cudnn_and_format(
@@ -637,7 +702,7 @@ WRONG = {
     "rejected has lines": set_in(*FIRST, "rejected", to="a\nERROR b"),
     "rejected is no text": set_in(*FIRST, "rejected", to="\ud800"),
     "a candidate twice": lambda entry: set_in("candidates", 1, to=entry["candidates"][0])(entry),
-    "nothing may run": lambda entry: set_in("candidates", to=entry["candidates"][3:])(entry),
+    "nothing may run": lambda entry: set_in("candidates", to=[entry["candidates"][3]])(entry),
     "257 candidates": lambda entry: set_in("candidates", to=[{}] * 257)(entry),
     "a million candidates": lambda entry: set_in("candidates", to=[0] * 10**6)(entry),
 }
@@ -668,7 +733,7 @@ def test_an_export_with_something_wrong_is_refused_as_a_whole(
     if label.startswith("problem of another"):
         bad["problem"]["x"] = [2, 8, 99, 17]  # not another problem, but none at all
     exported = tmp_path / "bad.json"
-    exported.write_text(json.dumps({"format": 1, "folders": {OTHER_GPU: [good, bad]}}))
+    exported.write_text(json.dumps({"format": 2, "folders": {OTHER_GPU: [good, bad]}}))
     with pytest.raises(ValueError, match=f"entry 1 of {OTHER_GPU}") as error:
         store.load(exported)
     assert len(str(error.value)) < 1000
@@ -683,6 +748,133 @@ def test_the_entry_of_another_problem_under_this_name_is_a_miss(
     text = assert_is_a_miss_with_one_warning(warnings_of_store)
     assert "is for another problem" in text
     assert store.list() == []
+
+
+ENGINE = ("candidates", 4)
+LONGEST = "eng999999999" + "_k999999999=999999999" * 64
+WRONG_ENGINES = (
+    "", "eng", "eng-5", "eng+5", "eng 5", " eng5", "eng5 ", "eng5\n", "eng5\0", "ENG5", "5", "xeng5",
+    "eng5.0", "eng0x5", "eng1000000000", "eng\u0665", "eng5_k\u0662=3", "eng5_k2=\uff13", "eng5_",
+    "eng5_k2", "eng5_k2=", "eng5_k2=-3", "eng5_k=3", "eng5_k2=3_", "eng5_k2=3,k4=0", "eng5_k2==3",
+    "eng5k2=3", LONGEST + "_k1=1", "+identity", "eng5identity", "eng5+", "eng5+bias",
+    "eng5+identity ", "eng5+identity+identity", "eng5+identityeng5", "+identityeng5", "eng+identity",
+    "engines", "engines+identity",  # stand for a refusal, and may not run
+    "engines5", "ALGO_1", "graph:eng5", "legacy:ALGO_1", "../eng5", "eng5/../eng6", "eng5;eng6",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_ENGINES, ids=ascii)
+def test_a_wrong_engine_is_a_miss(
+    root: Path, name: str, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    file = written(root)
+    file.write_text(json.dumps(set_in(*ENGINE, "algorithm", to=name)(content_of(file))))
+    assert "whose algorithm is" in assert_is_a_miss_with_one_warning(warnings_of_store)
+    assert store.list() == []
+
+
+@pytest.mark.parametrize("direction", ["fprop", "wgrad"])
+def test_a_compiled_engine_of_a_gradient_is_a_miss(
+    direction: str, root: Path, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    problem = make_problem(direction=direction)  # it can be wrong: see gather
+    store.write(problem, [CANDIDATES[4]])
+    file = root / HERE / _stored.file_name(problem)
+    assert store.read(problem) == [CANDIDATES[4]]
+    changed = set_in(*FIRST, "algorithm", to="eng5_k2=3_k24=0+identity")(content_of(file))
+    file.write_text(json.dumps(changed))
+    text = assert_is_a_miss_with_one_warning(warnings_of_store, problem)
+    assert "whose algorithm is 'eng5_k2=3_k24=0+identity'" in text
+
+
+@pytest.mark.parametrize("name", ["eng5_k2=3_k24=0", "ALGO_9", "IMPLICIT_GEMM", "engines"])
+def test_an_engine_is_no_legacy_algorithm(
+    root: Path, name: str, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    file = written(root)
+    file.write_text(json.dumps(set_in(*FIRST, "algorithm", to=name)(content_of(file))))
+    assert "whose algorithm is" in assert_is_a_miss_with_one_warning(warnings_of_store)
+
+
+@pytest.mark.parametrize("name", ["eng0", "eng007", LONGEST, LONGEST + "+identity"])
+def test_an_engine_of_any_numbers_comes_back(name: str) -> None:
+    candidates = [replace(CANDIDATES[4], algorithm=name)]
+    store.write(make_problem(), candidates)
+    assert store.read(make_problem()) == candidates
+
+
+@pytest.mark.parametrize("bias", ["fused", "add", "eng1_k24=4", "", False, 0, [], "null"])
+def test_a_bias_in_an_unbiased_problem_is_a_miss(
+    root: Path, bias: object, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    for number in (0, 4):
+        file = written(root)
+        changed = set_in("candidates", number, "bias", to=bias)(content_of(file))
+        file.write_text(json.dumps(changed))
+        assert store.read(make_problem()) is None
+    (text,) = warnings_of_store()
+    assert "whose bias is" in text
+
+
+WRONG_BIASES = (
+    None, "", True, 1, ["add"], {"add": 1}, "Add", "add ", "fuse", "fused\n", "none", "eng", "eng-1",
+    "eng\u0661", "eng1_k24", "eng1+identity", "eng1 + add", "engines", "ALGO_1", LONGEST + "_k1=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", WRONG_BIASES, ids=ascii)
+def test_a_wrong_bias_is_a_miss(
+    root: Path, bias: object, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    problem = make_problem(bias=True)
+    for number in (1, 3):  # an engine, a legacy algorithm
+        store.write(problem, BIASED)
+        file = root / HERE / _stored.file_name(problem)
+        changed = set_in("candidates", number, "bias", to=bias)(content_of(file))
+        file.write_text(json.dumps(changed))
+        assert store.read(problem) is None
+    (text,) = warnings_of_store()
+    assert "whose bias is" in text
+
+
+def test_a_legacy_algorithm_that_claims_to_add_the_bias_is_a_miss(
+    root: Path, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    problem = make_problem(bias=True)  # its result would lack the bias
+    store.write(problem, BIASED)
+    file = root / HERE / _stored.file_name(problem)
+    file.write_text(json.dumps(set_in("candidates", 3, "bias", to="fused")(content_of(file))))
+    assert "whose bias is" in assert_is_a_miss_with_one_warning(warnings_of_store, problem)
+
+
+def test_the_entry_of_the_problem_without_its_bias_is_a_miss(
+    root: Path, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    plain, biased = make_problem(), make_problem(bias=True)
+    store.write(plain, CANDIDATES)
+    folder = root / HERE
+    os.replace(folder / _stored.file_name(plain), folder / _stored.file_name(biased))
+    text = assert_is_a_miss_with_one_warning(warnings_of_store, biased)
+    assert "is for another problem" in text
+
+
+@pytest.mark.parametrize("math_type", ["DEFAULT_MATH", "TENSOR_OP_MATH"])
+@pytest.mark.parametrize("name", ["eng5_k2=3_k24=0", "eng5_k2=3_k24=0+identity"])
+def test_no_file_lets_an_engine_round_strict_float32(
+    root: Path, name: str, math_type: str, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    problem = make_problem(tf32=False)
+    good = Candidate("graph", name, "FMA_MATH", True, 0, time_ms=1.0)
+    rejected = replace(good, algorithm="eng1", math_type=math_type, rejected="it may round")
+    store.write(problem, [good, rejected])
+    assert store.read(problem) == [good, rejected]
+    file = root / HERE / _stored.file_name(problem)
+    file.write_text(json.dumps(set_in(*FIRST, "math_type", to=math_type)(content_of(file))))
+    text = assert_is_a_miss_with_one_warning(warnings_of_store, problem)
+    assert "it may round float32 to tf32" in text
+    half = make_problem(dtype="float16", tf32=False)
+    store.write(half, [replace(good, math_type=math_type)])
+    assert store.read(half) == [replace(good, math_type=math_type)]
 
 
 @pytest.mark.parametrize("math_type", ["DEFAULT_MATH", "TENSOR_OP_MATH_ALLOW_CONVERSION"])
@@ -777,12 +969,22 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-def assert_is_well_formed(candidates: list[Candidate] | None) -> None:
+SAFE_ENGINE = "eng[0-9]+(_k[0-9]+=[0-9]+)*"
+
+
+def assert_is_well_formed(candidates: list[Candidate] | None, biased: bool = False) -> None:
     """Whatever was done to a file, what is read from it can be worked with."""
     assert candidates is None or 0 < len(candidates) <= 256
     for each in candidates or []:
-        assert each.provider == "legacy"
-        assert each.algorithm in _loader.require().legacy_algorithms("dgrad")
+        if each.provider == "legacy":
+            assert each.algorithm in _loader.require().legacy_algorithms("dgrad")
+            assert each.bias != "fused"
+        else:
+            assert each.provider == "graph"
+            named = re.fullmatch(rf"{SAFE_ENGINE}(\+identity)?", each.algorithm)
+            assert named or (each.algorithm.startswith("engines") and each.rejected)
+        assert (each.bias is not None) is biased
+        assert each.bias in (None, "fused", "add") or re.fullmatch(SAFE_ENGINE, each.bias)
         assert type(each.deterministic) is bool
         assert type(each.skipped) is bool
         assert type(each.workspace_bytes) is int
@@ -792,8 +994,10 @@ def assert_is_well_formed(candidates: list[Candidate] | None) -> None:
         assert each.out_of_memory is False
 
 
-def test_json_changed_anywhere_never_raises(root: Path) -> None:
-    file = written(root)
+@pytest.mark.parametrize("biased", [False, True])
+def test_json_changed_anywhere_never_raises(root: Path, biased: bool) -> None:
+    problem = make_problem(bias=biased)
+    file = written(root, problem)
     whole = file.read_text()
     all_places = places(json.loads(whole))
 
@@ -803,10 +1007,10 @@ def test_json_changed_anywhere_never_raises(root: Path) -> None:
         change = without(*place) if remove else set_in(*place, to=value)
         changed = change(json.loads(whole))
         file.write_text(json.dumps(changed))
-        read = store.read(make_problem())
-        assert_is_well_formed(read)
+        read = store.read(problem)
+        assert_is_well_formed(read, biased)
         if read is not None:  # nothing was dropped or repaired in silence
-            store.write(make_problem(), read)
+            store.write(problem, read)
             assert content_of(file) == changed
 
     check()
@@ -1030,6 +1234,15 @@ def test_list_says_what_is_stored_and_the_fastest(root: Path) -> None:
     ]
 
 
+def test_list_says_how_the_bias_is_added(root: Path) -> None:
+    written(root, make_problem(bias=True))
+    (entry,) = store.list()
+    assert entry["problem"].startswith("dgrad+bias float32/tf32 nchw x=2x8x17x17")
+    assert entry["best"] == "graph:eng5_k2=3_k24=0 (TENSOR_OP_MATH) with bias"
+    assert entry["time_ms"] == 0.6
+    assert store.forget("dgrad+bias") == 1
+
+
 def test_list_names_no_best_where_nothing_was_timed() -> None:
     store.write(
         make_problem(), [CANDIDATES[2], replace(CANDIDATES[0], rejected="failed when it ran")]
@@ -1117,10 +1330,11 @@ def test_an_export_leaves_out_what_is_spoiled(root: Path, tmp_path: Path) -> Non
         HERE + "\n",
         "a/" + HERE,
         "a\\" + HERE,
-        "N" * 5000 + "_sm90_cudnn-9.12.0_v1",
+        "N" * 5000 + "_sm90_cudnn-9.12.0_v2",
         HERE + "0",
-        HERE[:-1] + "2",
-        "NVIDIA-H200_sm\u0661\u0662_cudnn-9.12.0_v1",
+        HERE[:-1] + "1",
+        HERE[:-1] + "3",
+        "NVIDIA-H200_sm\u0661\u0662_cudnn-9.12.0_v2",
         "\ud800" + HERE,
     ],
     ids=ascii,
@@ -1132,7 +1346,7 @@ def test_an_export_with_a_hostile_folder_name_is_refused(
     store.forget()
     before = [*tmp_path.rglob("*")]
     exported = tmp_path / "hostile.json"
-    exported.write_text(json.dumps({"format": 1, "folders": {HERE: [entry], folder: [entry]}}))
+    exported.write_text(json.dumps({"format": 2, "folders": {HERE: [entry], folder: [entry]}}))
     with pytest.raises(ValueError, match=re.escape(repr(folder)[:100])):
         store.load(exported)
     assert [file for file in tmp_path.rglob("*") if file not in (*before, exported)] == []
@@ -1146,11 +1360,13 @@ def test_an_export_with_a_hostile_folder_name_is_refused(
         b"{}",
         b"[" * 100_000,
         b"\x80",
-        b'{"format": 2, "folders": {}}',
+        b'{"format": 1, "folders": {}}',
+        b'{"format": 3, "folders": {}}',
+        b'{"format": 2.0, "folders": {}}',
         b'{"format": true, "folders": {}}',
-        b'{"format": 1, "folders": []}',
-        b'{"format": 1, "folders": {}, "more": 1}',
-        b'{"format": 1, "folders": {"' + HERE.encode() + b'": {}}}',
+        b'{"format": 2, "folders": []}',
+        b'{"format": 2, "folders": {}, "more": 1}',
+        b'{"format": 2, "folders": {"' + HERE.encode() + b'": {}}}',
         b'{"format": ' + b"1" * 5000 + b', "folders": {}}',
     ],
     ids=lambda content: repr(content[:32]),

@@ -74,10 +74,10 @@ def test_a_layer_is_taken_in_each_dtype_that_it_names(text: str, dtypes: list[to
 
 def test_a_recorded_problem_is_made_again_from_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    made_by_others = problem(stride=(1, 1), alignment=8)
+    made_by_others = problem(stride=(1, 1))
 
-    def explain(_convolution: object, *arguments: Any) -> dgrad.Explanation:
-        [(runner, _, _)] = _call.Call(*arguments)._parts
+    def explain(_convolution: object, *arguments: Any, **bias: Any) -> dgrad.Explanation:
+        [(runner, _, _)] = _call.Call(*arguments, **bias)._parts
         made.append(runner._problem)
         return dgrad.Explanation([selection(made[-1])])
 
@@ -89,15 +89,20 @@ def test_a_recorded_problem_is_made_again_from_tensors(monkeypatch: pytest.Monke
     for changes in (
         {},
         {"direction": "fprop", "layout": "nhwc", "dtype": "bfloat16", "tf32": False},
-        {"direction": "wgrad", "tf32": False, "alignment": 8},
-        {"dtype": "float16", "tf32": False, "alignment": 2, "layout": "nhwc"},
+        {"direction": "wgrad", "tf32": False},
+        {"dtype": "float16", "tf32": False, "layout": "nhwc"},
         strided | {"groups": 2, "padding": (1, 0), "x": (2, 6, 12, 20), "dtype": "float64"},
         {"x": (2, 1, 1, 1), "w": (4, 1, 1, 1), "y": (2, 4, 1, 1), "layout": "nhwc"},
+        {"bias": True},
+        strided | {"groups": 2, "padding": (1, 0), "layout": "nhwc", "bias": True},
     ):
         tf32 = {"tf32": False} if changes.get("dtype") == "float64" else {}
         wanted = problem(**(changes | tf32))
         _layers.run_problem(wanted)
         assert made.pop() == wanted
+    # Tensors that begin at such an address are copied, so that no call makes this problem.
+    with pytest.raises(RuntimeError, match=r"another problem runs here.*\['alignment'\]"):
+        _layers.run_problem(problem(alignment=8))
     monkeypatch.setattr(config, "tf32_allowed", lambda flags: False)
     with pytest.raises(RuntimeError, match=r"another problem runs here.*\['tf32'\]"):
         _layers.run_problem(made_by_others)
@@ -118,6 +123,12 @@ def test_tune_names_what_fails_and_goes_on(
         ({"problem": spoiled["problem"] | {"x": "big"}}, "entry 8: problem has a field of a wrong"),
         ({"problem": spoiled["problem"] | {"groups": 5}}, "entry 9: groups is 5, expected"),
         ({"problem": spoiled["problem"] | {"direction": None}}, "entry 10: problem has a field"),
+        ({"problem": spoiled["problem"] | {"bias": "yes"}}, "entry 11: problem has a field"),
+        (
+            {"problem": spoiled["problem"] | {"bias": True, "direction": "wgrad"}},
+            "entry 12: bias is true, expected false",
+        ),
+        ({"problem": {k: v for k, v in spoiled["problem"].items() if k != "bias"}}, "entry 13: "),
     ]
     path = file([*(entry for entry, _ in wrong), LAYERS[0]])
     assert main(["tune", path, "--json"]) == 1
@@ -175,6 +186,17 @@ def test_tune_takes_a_log_line_by_line(
     pretended.stored.clear()
     assert main(["tune", path, "--json", "--limit", "1", "--backward"]) == 0
     assert pretended.stored == {problem(direction=d) for d in ("dgrad", "fprop", "wgrad")}
+
+
+def test_tune_takes_the_bias_of_a_record_for_its_own_direction_alone(
+    pretended: Pretended, capsys: pytest.CaptureFixture[str], file: Callable[..., str]
+) -> None:
+    path = file(record(problem(bias=True)))
+    assert main(["tune", path, "--json"]) == 0
+    assert pretended.stored == {problem(bias=True)}
+    assert main(["tune", path, "--json", "--backward"]) == 0
+    gradients = {problem(direction="fprop"), problem(direction="wgrad")}
+    assert pretended.stored == {problem(bias=True), *gradients}
 
 
 def test_tune_reads_the_fields_of_a_layer(pretended: Pretended, file: Callable[..., str]) -> None:

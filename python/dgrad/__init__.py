@@ -6,7 +6,6 @@ import torch  # noqa: F401  isort: skip
 from importlib.metadata import PackageNotFoundError, version
 
 from . import _loader, store
-from ._knowledge import selections
 from ._loader import is_available, unavailable_reason
 from .config import Flags, flags, set_flags
 from .convert import convert, restore
@@ -23,7 +22,7 @@ from .exceptions import (
 from .explain import Explanation, explain, warm_up
 from .functional import conv_transpose2d
 from .modules import ConvTranspose2d
-from .planner import plan_cache
+from .planner import plan_cache, selections
 from .selection import Candidate, Selection
 
 try:

@@ -31,6 +31,7 @@ def convolution(
     size: Pair,
     flags: Flags | None = None,
     call: Call | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The result of ``direction``, with spatial size ``size``, differentiable.
 
@@ -39,25 +40,28 @@ def convolution(
         a, b: the two 4-d inputs, of one dtype and device.
         flags: flags over the process's, also for the gradients.
         call: the call made ready for these tensors, if the caller has it.
+        bias: of shape (channels of x,), added to the result of dgrad. Default None.
 
     Raises:
         NotSupportedError: no candidate can run it, or only PyTorch could and may not.
     """
     if _is_batched(a) or _is_batched(b):  # such tensors have no memory of their own
         _fallback.announce(flags, "gradients of many vectors are taken at once")
-        return _fallback.run(direction, a, b, geometry, size)
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _fallback.run(direction, a, b, geometry, size, bias)
+    if torch.is_grad_enabled() and (
+        a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         result: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-            a, b, direction, geometry, size, flags, call
+            a, b, bias, direction, geometry, size, flags, call
         )
         return result
     if call is None:
         reason = _unsuitable(a)
         if reason is not None:
             _fallback.announce(flags, reason)
-            return _fallback.run(direction, a, b, geometry, size)
-        call = call_for(direction, a, b, geometry, size, flags)
-    return call(a, b)
+            return _fallback.run(direction, a, b, geometry, size, bias)
+        call = call_for(direction, a, b, geometry, size, flags, bias)
+    return call(a, b, bias)
 
 
 def _unsuitable(tensor: Tensor) -> str | None:
@@ -84,6 +88,7 @@ class _Convolution(Function):
         ctx: Any,
         a: Tensor,
         b: Tensor,
+        bias: Tensor | None,
         direction: str,
         geometry: Geometry,
         size: Pair,
@@ -97,15 +102,16 @@ class _Convolution(Function):
         ctx.sizes = (tuple(a.shape[2:]), tuple(b.shape[2:]))
         ctx.format = memory_format(a, b)
         ctx.a_is_channels_last = is_channels_last(a.shape, a.stride())
-        return convolution(direction, a, b, geometry, size, flags, call)
+        return convolution(direction, a, b, geometry, size, flags, call, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         a, b = ctx.saved_tensors
         grad = grad.resolve_neg()
+        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         if ctx.direction == "dgrad":
             # PyTorch brings the incoming gradient into the input's layout, and before that the
             # input into the forward's if the weight's gradient needs it: so do the results follow.
@@ -126,7 +132,7 @@ class _Convolution(Function):
             first, second = (values[slot] for slot in INPUTS[direction])
             return convolution(direction, first, second, ctx.geometry, ctx.sizes[index], ctx.flags)
 
-        return gradient(0), gradient(1), None, None, None, None, None
+        return gradient(0), gradient(1), grad_bias, None, None, None, None, None
 
 
 def _is_asked(node: Any) -> bool:

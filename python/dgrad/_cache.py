@@ -17,8 +17,13 @@ class BoundedCache(Generic[K, V]):
         self._entries: OrderedDict[K, V] = OrderedDict()
         self._lock = threading.Lock()
         self._max_size = max_size
-        self.hits = 0
+        self._hits = 0
         self.misses = 0
+
+    @property
+    def hits(self) -> int:
+        """How often an entry was found."""
+        return self._hits
 
     @property
     def size(self) -> int:
@@ -44,7 +49,7 @@ class BoundedCache(Generic[K, V]):
         if entry is None:
             self.misses += 1
             return None
-        self.hits += 1
+        self._hits += 1
         try:  # noqa: SIM105 - contextlib.suppress would cost time on every call
             self._entries.move_to_end(key)
         except KeyError:  # another thread has just evicted it
@@ -72,7 +77,7 @@ class BoundedCache(Generic[K, V]):
         """Forget all entries and set the counts to zero."""
         with self._lock:
             self._entries.clear()
-            self.hits = self.misses = 0
+            self._hits = self.misses = 0
 
     def _trim(self) -> None:
         while len(self._entries) > self._max_size:

@@ -1,6 +1,7 @@
 """One call made ready: how two tensors enter a direction, and what tensor comes out.
 
 A direction takes two of (x, w, y) and makes the third; see Note [Geometry] in src/problem.hpp.
+dgrad may add a bias to it.
 """
 
 from __future__ import annotations
@@ -8,16 +9,22 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import _fallback, _loader, config, log
 from ._geometry import Geometry, Pair, is_channels_last
+from ._runner import Runner
 from ._watch import note, watchers
 from .config import Flags
 from .exceptions import NotSupportedError, OutOfMemoryError
-from .planner import Runner, plan_cache
+from .planner import plan_cache
+
+if TYPE_CHECKING:
+    from ._core import ReadyCall
 
 DTYPES = {
     torch.float16: "float16",
@@ -31,9 +38,19 @@ OUTPUT = {"dgrad": "x", "fprop": "y", "wgrad": "w"}
 MAX_ELEMENTS = 2**31 - 1  # of one tensor in one cuDNN call
 
 
-def _alignment(pointer: int) -> int:
+_ALIGNMENT = 16  # bytes, of an address that every kernel can read
+
+
+def _alignment(address: int) -> int:
     """The largest power of two up to 16 bytes that divides an address."""
-    return (pointer & -pointer) & 15 or 16
+    return (address & -address) & 15 or _ALIGNMENT
+
+
+def _needs_copy(tensor: Tensor, memory_format: torch.memory_format) -> bool:
+    """Whether cuDNN gets a copy: it wants dense tensors, and it is slow and less reliable where
+    addresses are not aligned."""
+    dense = tensor.is_contiguous(memory_format=memory_format)
+    return not dense or _alignment(tensor.data_ptr()) < _ALIGNMENT
 
 
 def output_shape(
@@ -64,10 +81,12 @@ class Call:
     """
 
     __slots__ = (
-        "_a_is_dense",
         "_arguments",
-        "_b_is_dense",
+        "_copies_a",
+        "_copies_b",
+        "_copies_bias",
         "_device",
+        "_dtype",
         "_format",
         "_may_fall_back",
         "_out_shape",
@@ -84,6 +103,7 @@ class Call:
         geometry: Geometry,
         size: Pair,
         flags: Flags | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         core = _loader.require()
         policy = config.policy(flags)
@@ -91,9 +111,11 @@ class Call:
         self._may_fall_back = policy.fallback == "pytorch" and not config.commands(direction, flags)
         self._reason: str | None = None  # why PyTorch runs it
         self._device: int = a.get_device()
+        self._dtype = a.dtype
         self._format = memory_format(a, b)
-        self._a_is_dense = a.is_contiguous(memory_format=self._format)
-        self._b_is_dense = b.is_contiguous(memory_format=self._format)
+        self._copies_a = _needs_copy(a, self._format)
+        self._copies_b = _needs_copy(b, self._format)
+        self._copies_bias = bias is not None and _needs_copy(bias, torch.contiguous_format)
         self._out_shape = output_shape(direction, a.shape, b.shape, geometry.groups, size)
 
         first, second = INPUTS[direction]
@@ -104,10 +126,7 @@ class Call:
         }
         step = _images_per_call(shapes)
         images = shapes["x"][0]
-        alignment = min(
-            _alignment(tensor.data_ptr()) if dense else 16
-            for tensor, dense in ((a, self._a_is_dense), (b, self._b_is_dense))
-        )
+        alignment = _ALIGNMENT
         if step < images:  # the parts begin inside the tensors
             part_bytes = (step * math.prod(shapes[name][1:]) * a.element_size() for name in "xy")
             alignment = min(alignment, *map(_alignment, part_bytes))
@@ -125,6 +144,7 @@ class Call:
                 stride=geometry.stride,
                 dilation=geometry.dilation,
                 groups=geometry.groups,
+                bias=bias is not None,
                 alignment=alignment,
                 device=self._device,
             )
@@ -137,14 +157,14 @@ class Call:
         ]
         self._single = self._parts[0][0] if len(self._parts) == 1 else None
 
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._reason is not None:
             direction, geometry, size = self._arguments
             if watchers:
                 note(f"PyTorch's own operator runs: {self._reason}")
-            return _fallback.run(direction, a, b, geometry, size)
+            return _fallback.run(direction, a, b, geometry, size, bias)
         try:
-            return self._run(a, b)
+            return self._run(a, b, bias)
         except OutOfMemoryError:
             raise
         except NotSupportedError as error:
@@ -152,25 +172,40 @@ class Call:
                 raise
             self._reason = str(error)
             log.fallback(self._reason)
-        return self(a, b)
+        return self(a, b, bias)
 
-    def _run(self, a: Tensor, b: Tensor) -> Tensor:
-        if not self._a_is_dense:
-            a = a.contiguous(memory_format=self._format)
-        if not self._b_is_dense:
-            b = b.contiguous(memory_format=self._format)
+    def ready(self) -> ReadyCall | None:
+        """What native code needs to run dgrad again as it last ran here, if it can."""
+        copies = self._copies_a or self._copies_b or self._copies_bias
+        if self._single is None or copies or self._reason is not None:
+            return None
+        options: dict[str, Any] = (
+            {} if self._format is torch.contiguous_format else {"memory_format": self._format}
+        )
+        device = torch.device("cuda", self._device)
+        return self._single.ready(
+            partial(torch.empty, self._out_shape, dtype=self._dtype, device=device, **options)
+        )
+
+    def _run(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        if self._copies_a:
+            a = a.clone(memory_format=self._format)
+        if self._copies_b:
+            b = b.clone(memory_format=self._format)
+        if self._copies_bias and bias is not None:
+            bias = bias.clone(memory_format=torch.contiguous_format)
         out = torch.empty(
             self._out_shape, dtype=a.dtype, device=a.device, memory_format=self._format
         )
         if torch._C._cuda_getDevice() == self._device:
-            return self._fill(a, b, out)
+            return self._fill(a, b, out, bias)
         with torch.cuda.device(self._device):
-            return self._fill(a, b, out)
+            return self._fill(a, b, out, bias)
 
-    def _fill(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    def _fill(self, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
         direction = self._arguments[0]
         if self._single is not None:
-            _execute(self._single, direction, a, b, out)
+            _execute(self._single, direction, a, b, out, bias)
         elif direction == "wgrad":
             total = torch.zeros_like(out, dtype=torch.promote_types(out.dtype, torch.float32))
             for runner, start, stop in self._parts:
@@ -179,17 +214,19 @@ class Call:
             out.copy_(total)
         else:
             for runner, start, stop in self._parts:
-                _execute(runner, direction, a[start:stop], b, out[start:stop])
+                _execute(runner, direction, a[start:stop], b, out[start:stop], bias)
         return out
 
 
-def _execute(runner: Runner, direction: str, a: Tensor, b: Tensor, out: Tensor) -> None:
+def _execute(
+    runner: Runner, direction: str, a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None
+) -> None:
     if direction == "dgrad":
-        runner.run(out.data_ptr(), b.data_ptr(), a.data_ptr())
+        runner.run(out, b, a, bias)
     elif direction == "fprop":
-        runner.run(a.data_ptr(), b.data_ptr(), out.data_ptr())
+        runner.run(a, b, out)
     else:
-        runner.run(a.data_ptr(), out.data_ptr(), b.data_ptr())
+        runner.run(a, out, b)
 
 
 def _images_per_call(shapes: dict[str, tuple[int, ...]]) -> int:
@@ -217,6 +254,7 @@ def call_for(
     geometry: Geometry,
     size: Pair,
     flags: Flags | None = None,
+    bias: Tensor | None = None,
 ) -> Call:
     """The cached call for these tensors under the flags in force, made if there is none."""
     key = (
@@ -231,12 +269,13 @@ def call_for(
         size,
         a.data_ptr() & 15,
         b.data_ptr() & 15,
+        None if bias is None else bias.data_ptr() & 15,
         config.tf32_allowed(flags),
         config.policy(flags),
         threading.get_ident(),
     )
     call = plan_cache.get(key)
     if call is None:
-        call = Call(direction, a, b, geometry, size, flags)
+        call = Call(direction, a, b, geometry, size, flags, bias)
         plan_cache.put(key, call)
     return call

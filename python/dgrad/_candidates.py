@@ -1,32 +1,120 @@
-"""Where candidates come from: cuDNN's legacy algorithms, as records and as plans."""
+"""Where candidates come from: cuDNN's engines and legacy algorithms, as records and as plans."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from sys import intern
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import _loader
 from .exceptions import CudnnBadParameterError, CudnnNotSupportedError
-from .selection import Candidate, problem_dict
+from .selection import ADD, FUSED, IDENTITY, Candidate, problem_dict
 
 if TYPE_CHECKING:
     from ._core import Plan, Problem
 
 _HALF_TYPES = ("float16", "bfloat16")
+_REFUSALS = (CudnnBadParameterError, CudnnNotSupportedError)
+_PROMISING = 8  # so many engines stand before those that must be compiled first
+_COMPILED = 2  # so many of these stand before the rest
+
+
+class Blocked(NamedTuple):
+    """Engines that are wrong for some problems, by name."""
+
+    engines: str  # a pattern of whole names
+    direction: str
+    dtypes: tuple[str, ...]
+    alignment: int  # blocked up to this alignment of the addresses, in bytes
+    reason: str
+
+
+# Found on an H200 by running every candidate against float64: `python tests/record_values.py`.
+BLOCKED = (
+    Blocked(
+        r"eng70",
+        "wgrad",
+        (*_HALF_TYPES, "float32"),
+        16,
+        "its result can be wrong (cuDNN 9.19: stride 2, padding 1 and 5, relative error 55)",
+    ),
+    Blocked(
+        r"eng67_.*",
+        "wgrad",
+        ("float32",),
+        8,
+        "it faults at addresses of less than 16 bytes' alignment (cuDNN 9.19)",
+    ),
+    Blocked(
+        r"eng47_k0=(?!1_).*",
+        "wgrad",
+        _HALF_TYPES,
+        16,
+        "it adds up parts in the half type (cuDNN 9.19: errors of 2.2e-3 to 6.2e-3 in bfloat16, "
+        "where the others err by 1.7e-3)",
+    ),
+)
 
 
 def gather(problem: Problem) -> list[Candidate]:
-    """All candidates of a problem in cuDNN's order. Needs the device.
+    """All candidates of a problem, the promising ones first. Needs the device.
 
-    Where float32 may run in tf32, those of strict float32 follow: they may run too, and once
-    timed they need no timing when tf32 is forbidden.
+    cuDNN's order of engines comes first, which is also PyTorch's. Engines that cuDNN compiles at
+    run time (a tenth of a second each, up to one) stand behind the first of these, and the
+    legacy algorithms, most of which run the same engines, come last. PyTorch adds a bias, except
+    in candidates of their own: see :func:`with_best_pass`.
     """
-    candidates = _asked(problem)
-    if problem.tf32:
-        known = {(c.algorithm, c.math_type) for c in candidates}
-        strict = _asked(other_precision(problem))
-        candidates += [c for c in strict if (c.algorithm, c.math_type) not in known]
-    return candidates
+    plain = _engines(problem, "convolution") + _legacy(problem)
+    compiled, passes = [], []
+    if problem.bias:
+        plain = [replace(c, bias=ADD) for c in plain]
+        compiled = [replace(c, bias=FUSED) for c in _engines(problem, "convolution_bias")]
+        first = next((c for c in plain if c.rejected is None), None)
+        if first is not None:
+            passes = [
+                replace(first, bias=intern(c.algorithm), rejected=c.rejected)
+                for c in _engines(problem, pass_operation(problem))
+            ]
+    elif problem.direction == "dgrad":
+        # For the other directions these are wrong at some sizes (cuDNN 9.19: relative error 1.1
+        # in wgrad, elements left unwritten in fprop).
+        compiled = [
+            replace(c, algorithm=intern(c.algorithm + IDENTITY))
+            for c in _engines(problem, "convolution_identity")
+        ]
+    return [
+        *plain[:_PROMISING],
+        *passes[:1],
+        *compiled[:_COMPILED],
+        *plain[_PROMISING:],
+        *passes[1:],
+        *compiled[_COMPILED:],
+    ]
+
+
+def with_best_pass(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The fastest convolution followed by the fastest pass for the bias, if it is yet untried.
+
+    One convolution was timed with every pass, and every convolution with one.
+    """
+    able = [c for c in candidates if c.rejected is None and c.bias not in (None, FUSED)]
+    timed = [c for c in able if c.time_ms is not None]
+    by_engine: dict[tuple[str, str, str], list[Candidate]] = {}
+    for candidate in timed:
+        by_engine.setdefault(candidate.engine, []).append(candidate)
+    if not timed:
+        return None
+    best = _fastest([c for c in timed if c.bias == ADD] or timed)
+    bias = _fastest(max(by_engine.values(), key=len)).bias
+    known = {(c.engine, c.bias) for c in candidates}
+    wanted = replace(best, bias=bias, time_ms=None)
+    return None if (wanted.engine, bias) in known else wanted
+
+
+def _fastest(timed: Sequence[Candidate]) -> Candidate:
+    return min(timed, key=lambda c: c.time_ms or 0.0)
 
 
 def other_precision(problem: Problem) -> Problem:
@@ -36,11 +124,76 @@ def other_precision(problem: Problem) -> Problem:
     return other
 
 
+def _engines(problem: Problem, operation: str) -> list[Candidate]:
+    """The engines that cuDNN's heuristics name for a graph, as candidates without a bias."""
+    try:
+        engines = _loader.require().graph_heuristic(problem, operation)
+    except _REFUSALS as error:
+        return [Candidate("graph", "engines", "DEFAULT_MATH", False, 0, rejected=str(error))]
+    return [
+        Candidate(
+            "graph",
+            intern(engine.name),
+            _math_type(engine.notes),
+            "NONDETERMINISTIC" not in engine.notes,
+            0,  # known once a plan is made
+            rejected=_objection_to_engine(problem, engine.name, engine.notes),
+        )
+        for engine in engines
+    ]
+
+
+def _math_type(notes: Sequence[str]) -> str:
+    return "TENSOR_OP_MATH" if "TENSOR_CORE" in notes else "FMA_MATH"
+
+
+def _objection_to_engine(problem: Problem, engine: str, notes: Sequence[str]) -> str | None:
+    """Why an engine is less right than the problem asks, or None. See Note [Imprecise]."""
+    if "DOWN_CONVERT_INPUTS" in notes:
+        return "it may round its inputs to a shorter type"
+    if "FFT" in notes:
+        return "it works by FFT, which spreads NaN and infinity over the image"
+    if any(note.startswith("WINOGRAD") for note in notes):
+        return "it works by Winograd's method, which can lose NaN"
+    if problem.dtype in _HALF_TYPES and "REDUCED_PRECISION_REDUCTION" in notes:
+        return f"it adds up in {problem.dtype}, not in float32"
+    if problem.dtype == "float32" and not problem.tf32 and "TENSOR_CORE" in notes:
+        return "it may round float32 to tf32, and allow_tf32 is off"
+    for blocked in BLOCKED:
+        if (
+            problem.direction == blocked.direction
+            and problem.dtype in blocked.dtypes
+            and problem.alignment <= blocked.alignment
+            and re.fullmatch(blocked.engines, engine)
+        ):
+            return blocked.reason
+    return None
+
+
+def pass_operation(problem: Problem) -> str:
+    """How a cuDNN graph of its own sees the addition of the bias; see Operation in src/graph."""
+    rows = problem.layout == "nchw" or problem.x[1] == 1
+    return "bias_rows" if rows else "bias"
+
+
+def _legacy(problem: Problem) -> list[Candidate]:
+    """The legacy algorithms in cuDNN's order.
+
+    Where float32 may run in tf32, those of strict float32 follow: they may run too, and once
+    timed they need no timing when tf32 is forbidden.
+    """
+    candidates = _asked(problem)
+    if problem.tf32:
+        known = {c.engine for c in candidates}
+        candidates += [c for c in _asked(other_precision(problem)) if c.engine not in known]
+    return candidates
+
+
 def _asked(problem: Problem) -> list[Candidate]:
     core = _loader.require()
     try:
         results = core.legacy_heuristic(problem)
-    except (CudnnBadParameterError, CudnnNotSupportedError) as error:  # others may pass
+    except _REFUSALS as error:  # others may pass
         return [
             Candidate("legacy", name, "DEFAULT_MATH", False, 0, rejected=str(error))
             for name in core.legacy_algorithms(problem.direction)
@@ -64,7 +217,7 @@ def _asked(problem: Problem) -> list[Candidate]:
 def imprecision(problem: Problem, algorithm: str, math_type: str) -> str | None:
     """Why a legacy algorithm is less right than the problem asks, or None.
 
-    Note [Imprecise algorithms]
+    Note [Imprecise]
     Results are to be right within the rounding of the dtype, and NaN is to stay NaN. Measured on
     an H200 with cuDNN 9.19 against float64, errors as relative norms:
     WINOGRAD_NONFUSED gives finite numbers where an input is NaN (all dtypes, 3x3 kernels), and
@@ -86,6 +239,34 @@ def imprecision(problem: Problem, algorithm: str, math_type: str) -> str | None:
 
 
 def make_plan(problem: Problem, candidate: Candidate) -> Plan:
-    """The plan of a candidate; CudnnError where it is not supported. Needs the device."""
-    plan: Plan = _loader.require().legacy_plan(problem, candidate.algorithm, candidate.math_type)
+    """The plan of a candidate that may run; CudnnError or ValueError if there is none.
+
+    It adds the bias unless that is left to PyTorch (``candidate.bias`` is "add"). Needs the
+    device.
+    """
+    plan = plan_of(problem, candidate)
+    if candidate.provider == "graph":
+        # The record may come from a file; what runs is what the engine says of itself.
+        engine = candidate.algorithm.partition(IDENTITY)[0]
+        objection = _objection_to_engine(problem, engine, plan.notes)
+        if objection is not None:
+            raise ValueError(objection)
+    return plan
+
+
+def plan_of(problem: Problem, candidate: Candidate) -> Plan:
+    """The plan of a candidate, however right it is; errors as :func:`make_plan`."""
+    core = _loader.require()
+    plan: Plan
+    if candidate.provider == "legacy":
+        plan = core.legacy_plan(problem, candidate.algorithm, candidate.math_type)
+    else:
+        engine, identity, _ = candidate.algorithm.partition(IDENTITY)
+        operation = "convolution_identity" if identity else "convolution"
+        if candidate.bias == FUSED:
+            operation = "convolution_bias"
+        plan = core.graph_plan(problem, operation, engine)
+    if candidate.bias not in (None, FUSED, ADD):
+        addition = core.graph_plan(problem, pass_operation(problem), candidate.bias)
+        plan = core.sequence(plan, addition)
     return plan

@@ -1,6 +1,9 @@
 """The native module: cuDNN's calls, sizes and device pointers as integers."""
 
+from collections.abc import Callable, Hashable
 from typing import final
+
+from torch import Tensor, UntypedStorage
 
 __version__: str
 compiled_cudnn_version: int
@@ -24,6 +27,7 @@ class Problem:
         stride: tuple[int, int],
         dilation: tuple[int, int],
         groups: int,
+        bias: bool,
         alignment: int,
         device: int,
     ) -> None: ...
@@ -50,6 +54,8 @@ class Problem:
     @property
     def groups(self) -> int: ...
     @property
+    def bias(self) -> bool: ...
+    @property
     def alignment(self) -> int: ...
     @property
     def device(self) -> int: ...
@@ -60,7 +66,54 @@ class Problem:
 class Plan:
     @property
     def workspace_bytes(self) -> int: ...
-    def execute(self, x: int, w: int, y: int, workspace: int, stream: int) -> None: ...
+    @property
+    def notes(self) -> list[str]: ...
+    def execute(self, x: int, w: int, y: int, bias: int, workspace: int, stream: int) -> None: ...
+
+@final
+class UseCount:
+    def __init__(self) -> None: ...
+    @property
+    def count(self) -> int: ...
+
+@final
+class ReadyCall:
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        make_out: Callable[[], Tensor],
+        make_workspace: Callable[[], UntypedStorage] | None,
+        enter_bias: Callable[[Tensor], Tensor] | None,
+        add_bias: Callable[[Tensor, Tensor], object] | None,
+        plan_reads_bias: bool,
+        uses: UseCount,
+    ) -> None: ...
+
+@final
+class ReadyCalls:
+    def __init__(
+        self, exchange: object, types: tuple[type, ...], current_device: Callable[[], int]
+    ) -> None: ...
+    def run(
+        self, y: object, w: object, bias: object, state: tuple[Hashable, ...]
+    ) -> Tensor | None: ...
+    def put(
+        self,
+        y: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        state: tuple[Hashable, ...],
+        call: ReadyCall,
+        kept: object,
+    ) -> None: ...
+    def clear(self) -> None: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+
+def sequence(first: Plan, second: Plan) -> Plan: ...
 
 @final
 class HeuristicResult:
@@ -75,6 +128,15 @@ class HeuristicResult:
     @property
     def rejected(self) -> str: ...
 
+@final
+class Engine:
+    @property
+    def name(self) -> str: ...
+    @property
+    def notes(self) -> list[str]: ...
+
+def graph_heuristic(problem: Problem, operation: str) -> list[Engine]: ...
+def graph_plan(problem: Problem, operation: str, engine: str) -> Plan: ...
 def legacy_algorithms(direction: str) -> list[str]: ...
 def legacy_heuristic(problem: Problem) -> list[HeuristicResult]: ...
 def legacy_plan(problem: Problem, algorithm: str, math_type: str) -> Plan: ...

@@ -27,13 +27,20 @@ def announce(flags: config.Flags | None, reason: str) -> None:
             note(f"PyTorch's own operator runs: {reason}")
 
 
-def run(direction: str, a: Tensor, b: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+def run(
+    direction: str,
+    a: Tensor,
+    b: Tensor,
+    geometry: Geometry,
+    size: Pair,
+    bias: Tensor | None = None,
+) -> Tensor:
     """The same result as a :class:`dgrad._call.Call` for the same arguments."""
     padding, stride, dilation, groups = geometry
     if direction == "dgrad":
         least = output_size(a.shape[2:], b.shape[2:], geometry, (0, 0))
         output_padding = (size[0] - least[0], size[1] - least[1])
-        return F.conv_transpose2d(a, b, None, stride, padding, output_padding, groups, dilation)
+        return F.conv_transpose2d(a, b, bias, stride, padding, output_padding, groups, dilation)
     if direction == "fprop":
         return F.conv2d(a, b, None, stride, padding, dilation, groups)
     weight_size = (b.shape[1], a.shape[1] // groups, *size)

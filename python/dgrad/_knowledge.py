@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
+import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,43 +12,92 @@ from . import store
 from ._cache import BoundedCache
 from ._candidates import gather, other_precision
 from .config import Policy
-from .selection import Candidate, Selection
+from .selection import Candidate
 
 if TYPE_CHECKING:
-    from ._core import Problem
+    from ._core import Problem, UseCount
 
 
 class Knowledge:
-    """What is known of one problem, shared by all threads."""
+    """What is known of one problem, shared by all threads.
 
-    __slots__ = ("_lock", "candidates", "measuring", "selections", "source", "uses")
+    There can be a hundred candidates, and they are looked at when something is chosen and not
+    again: between such times they are packed, so that a problem costs few bytes.
+    """
 
-    def __init__(self, candidates: list[Candidate], source: str) -> None:
-        self.candidates = candidates
+    __slots__ = (
+        "_candidates",
+        "_lock",
+        "_packed",
+        "measuring",
+        "problem",
+        "ran",
+        "ready_uses",
+        "runs",
+        "source",
+    )
+
+    def __init__(self, problem: Problem, candidates: list[Candidate], source: str) -> None:
+        self.problem = problem
         self.source = source  # of the times: "stored" or "measured"
-        self.selections: dict[Policy, Selection] = {}  # those that have run
-        self.uses = 0
+        self.ran: dict[Policy, tuple[int, str]] = {}  # what has run: its index, the source
+        self.runs = 0  # by Python; native code counts its own
+        self.ready_uses: UseCount | None = None
         self.measuring = threading.Lock()  # so that one thread measures
+        self._candidates: list[Candidate] | None = candidates
+        self._packed = b""
         self._lock = threading.Lock()
+
+    @property
+    def uses(self) -> int:
+        """How often the problem was run."""
+        return self.runs + (0 if self.ready_uses is None else self.ready_uses.count)
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """All candidates, now; to change one, call :meth:`update`."""
+        with self._lock:
+            return list(self._unpacked())
+
+    def _unpacked(self) -> list[Candidate]:
+        if self._candidates is None:
+            self._candidates = pickle.loads(zlib.decompress(self._packed))
+            self._packed = b""
+        assert self._candidates is not None
+        return self._candidates
+
+    def pack(self) -> None:
+        """Keep the candidates in few bytes until they are next looked at."""
+        with self._lock:
+            if self._candidates is not None:
+                self._packed = zlib.compress(pickle.dumps(self._candidates), 1)
+                self._candidates = None
 
     def update(self, index: int, **changes: Any) -> Candidate:
         """Put changes into one candidate; other threads may change it at the same time."""
         with self._lock:
-            candidate = replace(self.candidates[index], **changes)
-            self.candidates[index] = candidate
+            candidates = self._unpacked()
+            candidate = replace(candidates[index], **changes)
+            candidates[index] = candidate
             return candidate
 
-    def ran(self, policy: Policy, selection: Selection) -> bool:
-        """Note what runs under a policy; whether that is new."""
+    def add(self, candidate: Candidate) -> int:
+        """Append a candidate; its index."""
         with self._lock:
-            return self.selections.setdefault(policy, selection) is selection
+            candidates = self._unpacked()
+            candidates.append(candidate)
+            return len(candidates) - 1
+
+    def has_run(self, policy: Policy, chosen: int, source: str) -> bool:
+        """Note what runs under a policy; whether that is new."""
+        run = (chosen, source)
+        with self._lock:
+            return self.ran.setdefault(policy, run) is run
 
     def forget(self, policy: Policy | None = None, chosen: int | None = None) -> None:
         """Forget what ran under a policy, or what chose a candidate."""
         with self._lock:
-            self.selections = {
-                p: s for p, s in self.selections.items() if p != policy and s.chosen != chosen
-            }
+            self.ran = {p: r for p, r in self.ran.items() if p != policy and r[0] != chosen}
 
 
 _known: BoundedCache[Problem, Knowledge] = BoundedCache(max_size=16384)
@@ -58,7 +109,9 @@ def knowledge_of(problem: Problem) -> Knowledge:
     if knowledge is None:
         # Two threads may both look; what the first one puts is what both use.
         stored = store.read(problem)
-        found = Knowledge(stored, "stored") if stored else _borrowed(problem, gather(problem))
+        found = (
+            Knowledge(problem, stored, "stored") if stored else _borrowed(problem, gather(problem))
+        )
         knowledge = _known.put_new(problem, found)
     return knowledge
 
@@ -71,28 +124,21 @@ def _borrowed(problem: Problem, candidates: list[Candidate]) -> Knowledge:
         known = _known.get(other)
         if known is None:
             stored = store.read(other)
-            known = Knowledge(stored, "stored") if stored is not None else None
+            known = Knowledge(other, stored, "stored") if stored is not None else None
         if known is not None:
             source = known.source
-            times = {(c.algorithm, c.math_type): c.time_ms for c in known.candidates}
-    return Knowledge(
-        [
-            c if c.rejected else replace(c, time_ms=times.get((c.algorithm, c.math_type)))
-            for c in candidates
-        ],
-        source,
-    )
+            times = {(c.engine, c.bias): c.time_ms for c in known.candidates}
+    timed = [
+        c if c.rejected else replace(c, time_ms=times.get((c.engine, c.bias))) for c in candidates
+    ]
+    return Knowledge(problem, timed, source)
+
+
+def everything() -> list[Knowledge]:
+    """What is known of every problem."""
+    return _known.values()
 
 
 def forget_all() -> None:
     """Forget every problem; the store stays."""
     _known.clear()
-
-
-def selections() -> list[tuple[Selection, int]]:
-    """All selections of this process that have run, each with how often its problem was run."""
-    return [
-        (selection, knowledge.uses)
-        for knowledge in _known.values()
-        for selection in list(knowledge.selections.values())
-    ]

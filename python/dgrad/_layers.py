@@ -130,8 +130,9 @@ def run_problem(problem: Problem) -> None:
     )
     geometry = Geometry(padding, stride, dilation, problem.groups)
     size = cast(Pair, shapes[OUTPUT[problem.direction]][2:])
+    bias = _random((problem.x[1],), dtype, False, problem.alignment) if problem.bias else None
     with config.flags(allow_tf32=problem.tf32):
-        ran = explain(convolution, problem.direction, a, b, geometry, size).selections
+        ran = explain(convolution, problem.direction, a, b, geometry, size, bias=bias).selections
     if [selection.problem for selection in ran] != [problem]:
         different = [
             name

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import _loader
 from ._candidates import imprecision
-from .selection import PROBLEM_FIELDS, Candidate, problem_dict
+from .config import PROVIDERS
+from .selection import ADD, FUSED, IDENTITY, PROBLEM_FIELDS, Candidate, problem_dict
 
 if TYPE_CHECKING:
     from ._core import Problem
@@ -23,6 +25,7 @@ MAX_BYTES = 64 * 1024
 _MAX_BRACKETS = 4096  # bounds the nesting, and with it the stack that the JSON parser takes
 _MAX_CANDIDATES = 256
 _MAX_TEXT = 300
+_ENGINE = re.compile(r"eng[0-9]{1,9}(_k[0-9]{1,9}=[0-9]{1,9}){0,64}")
 MATH_TYPES = ("DEFAULT_MATH", "TENSOR_OP_MATH", "TENSOR_OP_MATH_ALLOW_CONVERSION", "FMA_MATH")
 
 
@@ -35,7 +38,7 @@ def _is_reason(value: object) -> bool:
 
 
 _CHECKS: dict[str, Any] = {  # by field of a stored candidate; type() as True is an int too
-    "provider": lambda value: value == "legacy",
+    "provider": lambda value: value in PROVIDERS,
     "algorithm": lambda value: type(value) is str,
     "math_type": lambda value: value in MATH_TYPES,
     "deterministic": lambda value: type(value) is bool,
@@ -43,6 +46,7 @@ _CHECKS: dict[str, Any] = {  # by field of a stored candidate; type() as True is
     "time_ms": lambda value: value is None or _is_time(value),
     "skipped": lambda value: type(value) is bool,
     "rejected": lambda value: value is None or _is_reason(value),
+    "bias": lambda value: value is None or type(value) is str,
 }
 
 
@@ -112,7 +116,7 @@ def validated(entry: Any, problem: Problem | None = None) -> tuple[Problem, list
         raise ValueError(f"does not have a list of 1 to {_MAX_CANDIDATES} candidates")
     known = _loader.require().legacy_algorithms(problem.direction)
     candidates = [_candidate(each, problem, known) for each in stored]
-    if len({(c.provider, c.algorithm, c.math_type) for c in candidates}) < len(candidates):
+    if len({(c.engine, c.bias) for c in candidates}) < len(candidates):
         raise ValueError("has a candidate twice")
     if all(candidate.rejected is not None for candidate in candidates):
         raise ValueError("has no candidate that may run")
@@ -133,10 +137,29 @@ def _candidate(data: Any, problem: Problem, known: Sequence[str]) -> Candidate:
     if type(data) is not dict or data.keys() != _CHECKS.keys():
         raise ValueError(f"has a candidate without exactly the fields {', '.join(_CHECKS)}")
     for name, holds in _CHECKS.items():
-        if not holds(data[name]) or (name == "algorithm" and data[name] not in known):
+        if not holds(data[name]):
             raise ValueError(f"has a candidate whose {name} is {data[name]!r:.80}")
     candidate = Candidate(**data)
-    objection = imprecision(problem, candidate.algorithm, candidate.math_type)
+    algorithm, bias = candidate.algorithm, candidate.bias
+    if candidate.provider == "legacy":
+        may_be, objection = algorithm in known, imprecision(problem, algorithm, data["math_type"])
+    else:  # the engine itself is asked when a plan is made of it
+        engine, identity, end = algorithm.partition(IDENTITY)
+        refused = engine == "engines" and candidate.rejected is not None  # all of a graph's
+        may_be = end == "" and (refused or _ENGINE.fullmatch(engine) is not None)
+        may_be = may_be and (not identity or problem.direction == "dgrad")  # as in gather
+        strict = problem.dtype == "float32" and not problem.tf32
+        tf32 = strict and candidate.math_type != "FMA_MATH"
+        objection = "it may round float32 to tf32" if tf32 else None
+    if not may_be:
+        raise ValueError(f"has a candidate whose algorithm is {algorithm!r:.80}")
+    if (bias is None) is problem.bias or not (
+        bias in (None, ADD)
+        or (bias == FUSED and candidate.provider == "graph")
+        or (bias == "engines" and candidate.rejected is not None)
+        or _ENGINE.fullmatch(str(bias))
+    ):
+        raise ValueError(f"has a candidate whose bias is {bias!r:.80}")
     if candidate.rejected is None and objection is not None:
         raise ValueError(f"lets {candidate} run, but {objection}")  # never by way of a file
     return candidate

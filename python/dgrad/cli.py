@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dgrad import _cli_selection, _cli_store
+from dgrad import _cli_bench, _cli_selection, _cli_store
 from dgrad._cli_common import Commands, add_command, print_json, print_table
 
 if TYPE_CHECKING:
@@ -175,5 +175,6 @@ _COMMANDS: tuple[Callable[[Commands], None], ...] = (
     _add_info,
     _add_compare,
     *_cli_selection.COMMANDS,
+    _cli_bench.add_bench,
     _cli_store.add_store,
 )

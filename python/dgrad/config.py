@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+PROVIDERS = ("graph", "legacy")
 _DIRECTIONS = ("dgrad", "fprop", "wgrad")
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{middle}B": base**power
@@ -36,8 +37,9 @@ class Flags:
         measure_budget (float): seconds that "measure" may take for a problem, default 0.3. What
             was not reached in that time is timed by "exhaustive" only, also in later processes.
         algorithm (str, sequence or dict): the only algorithms to use, in order of preference,
-            such as "legacy:ALGO_1". They command the transposed convolution alone; a dict from
-            direction ("dgrad", "fprop", "wgrad") commands each.
+            such as "legacy:ALGO_1", or "legacy" or "graph" for any of a provider's. They command
+            the transposed convolution alone; a dict from direction ("dgrad", "fprop", "wgrad")
+            commands each.
         workspace_limit (int or str): most scratch memory a candidate may take, in bytes or as
             text such as "256MiB". Default: no limit.
         deterministic (bool): only deterministic candidates. Default:
@@ -80,6 +82,11 @@ class Policy(NamedTuple):
     def wanted(self, direction: str) -> tuple[str, ...]:
         """The algorithms asked for, in order of preference; empty if dgrad chooses."""
         return dict(self.algorithm).get(direction, ())
+
+    def forces(self, direction: str) -> bool:
+        """Whether single algorithms are asked for, so that there is nothing to choose."""
+        wanted = self.wanted(direction)
+        return bool(wanted) and all(":" in name for name in wanted)
 
 
 def _one_of(*known: str) -> Any:
@@ -127,11 +134,14 @@ def _algorithms(name: str, value: Any) -> Algorithms:
         if (
             direction not in _DIRECTIONS
             or not isinstance(names, (tuple, list))
-            or not all(isinstance(item, str) and ":" in item for item in names)
+            or not all(
+                isinstance(item, str) and (":" in item or item in PROVIDERS) for item in names
+            )
         ):
             raise ValueError(
-                f"{name} is {value!r}, expected 'provider:algorithm' such as 'legacy:ALGO_1', "
-                f"a list of these, or a dict of them by direction ({', '.join(_DIRECTIONS)})"
+                f"{name} is {value!r}, expected 'provider:algorithm' such as 'legacy:ALGO_1', a "
+                f"provider ({' or '.join(PROVIDERS)}), a list of these, or a dict of them by "
+                f"direction ({', '.join(_DIRECTIONS)})"
             )
         checked[direction] = tuple(names)
     return tuple(sorted(checked.items()))

@@ -16,6 +16,7 @@ from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution
 from ._call import DTYPES, Call
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
+from ._watch import watchers
 from .planner import plan_cache
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -86,6 +87,13 @@ def conv_transpose2d(
     if torch.is_autocast_enabled("cuda"):
         input, weight = _autocast(input), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
+    state = None
+    if not (watchers or _records(input, weight, bias)) and plan_cache.ready is not None:
+        options = stride, padding, output_padding, groups, dilation
+        state = (*options, *map(type, options), *_switches(flags))
+        ready = plan_cache.ready.run(input, weight, bias, state)
+        if ready is not None:
+            return ready
     geometry = Geometry(
         pair(padding, "padding"),
         pair(stride, "stride"),
@@ -113,10 +121,37 @@ def conv_transpose2d(
             geometry.dilation,
         )
     x, weight = _enter(input, weight, prepared.appended)
-    output = convolution("dgrad", x, weight, geometry, prepared.size, flags, prepared.call)
-    if bias is not None:
-        output.add_(bias.view(1, -1, 1, 1))
+    output = convolution("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, bias)
+    if state is not None and input.dim() == 4 and prepared.appended == (0, 0):
+        call = None if prepared.call is None else prepared.call.ready()
+        if call is not None:
+            plan_cache.keep_ready(input, weight, bias, state, call, (flags, config.current()))
     return output if input.dim() == 4 else output.squeeze(0)
+
+
+def _records(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd records the call; what is no tensor is told of elsewhere."""
+    if not torch.is_grad_enabled():
+        return False
+    try:
+        return (
+            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+    except AttributeError:
+        return True
+
+
+def _switches(flags: config.Flags | None) -> tuple[object, ...]:
+    """All outside the arguments that decides what runs. Who keeps it keeps the flags too."""
+    c = torch._C
+    return (
+        id(flags),
+        id(config.current()),
+        config.tf32_allowed(flags),
+        c._get_cudnn_enabled(),
+        c._get_cudnn_deterministic(),
+        c._get_deterministic_algorithms(),
+    )
 
 
 def _key(
@@ -144,7 +179,7 @@ def _key(
             weight.device,
             weight.is_neg(),
             weight.data_ptr() & 15,
-            None if bias is None else (type(bias), bias.shape, bias.dtype, bias.device),
+            None if bias is None else _bias_key(bias),
             geometry,
             output_padding,
             config.tf32_allowed(flags),
@@ -155,6 +190,18 @@ def _key(
     except (AttributeError, TypeError, RuntimeError):
         # Not a tensor, or one without strides or storage, such as a sparse or a fake one.
         return None
+
+
+def _bias_key(bias: Tensor) -> tuple[object, ...]:
+    return (
+        type(bias),
+        bias.shape,
+        bias.stride(),
+        bias.dtype,
+        bias.device,
+        bias.is_neg(),
+        bias.data_ptr() & 15,
+    )
 
 
 def _prepare(
@@ -170,12 +217,12 @@ def _prepare(
         return _Prepared(None, reason, geometry, (0, 0), (0, 0))
     check_tensors(input, weight, bias)
     size = check_sizes(input, weight, bias, geometry, output_padding)
-    reason = _unsuitable(input, weight)
+    reason = _unsuitable(input, weight, bias)
     if reason is not None:
         return _Prepared(None, reason, geometry, size, (0, 0))
     appended = appended_rows(output_padding, geometry.stride)
     with torch.no_grad():
-        call = Call("dgrad", *_enter(input, weight, appended), geometry, size, flags)
+        call = Call("dgrad", *_enter(input, weight, appended), geometry, size, flags, bias)
     return _Prepared(call, None, geometry, size, appended)
 
 
@@ -186,7 +233,7 @@ def _subclass_reason(*tensors: object) -> str | None:
     return None
 
 
-def _unsuitable(input: Tensor, weight: Tensor) -> str | None:
+def _unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why tensors that are right for conv_transpose2d are PyTorch's to run, or None."""
     if not input.is_cuda:
         return f"input is on {input.device.type}, and cuDNN runs on CUDA devices"
@@ -196,7 +243,7 @@ def _unsuitable(input: Tensor, weight: Tensor) -> str | None:
         return "torch.backends.cudnn.enabled is False"
     if input.numel() == 0:
         return "the batch is empty"
-    if input.is_neg() or weight.is_neg():
+    if any(each.is_neg() for each in (input, weight, bias) if each is not None):
         return "a negative view must be resolved first"
     return _loader.unavailable_reason()
 

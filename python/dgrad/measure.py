@@ -9,17 +9,30 @@ from collections.abc import Callable
 
 import torch
 
-_SAMPLES = 5
+_ROUNDS = 5
 _SAMPLE_MS = 1.0  # a sample is so many runs back to back that it takes about this long
 _MAX_RUNS = 50
-_DROP_FACTOR = 4.0  # a candidate this much slower than the best is not sampled again
+_DROP_FACTOR = 4.0  # a candidate this much slower than the best by one run is not sampled again
+_LEAVE_FACTOR = 1.25  # by the samples of a round or more
 
 
 class Contestant:
-    """One candidate while it is timed: ``run`` queues its work once, on the current stream."""
+    """One candidate while it is timed.
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        self.run = run
+    ``prepare`` gives what queues its work once on the current stream, or None if it turned out
+    not to be wanted. It is called when its turn comes: it may compile. ``check`` is called after
+    the first run and raises if the result is not to be trusted.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[[], Callable[[], None] | None],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.prepare = prepare
+        self.check = check
+        self.reached = False
+        self.run: Callable[[], None] | None = None
         self.samples_ms: list[float] = []
         self.error: Exception | None = None
 
@@ -34,6 +47,18 @@ class Contestant:
             return None
         return max(statistics.median(self.samples_ms), 1e-6)  # events can give 0
 
+    def sample(self, runs: int) -> float:
+        """Milliseconds of one of ``runs`` runs back to back."""
+        assert self.run is not None
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(runs):
+            self.run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / runs
+
 
 def measure(
     contestants: list[Contestant], budget_s: float | None, errors: tuple[type[Exception], ...]
@@ -41,9 +66,9 @@ def measure(
     """Time the contestants, in rounds of shuffled order, until each has its samples.
 
     Runs lie back to back between two events, so that the host's share counts where it is what
-    limits. A contestant that raises one of ``errors`` keeps the error and leaves. When
-    ``budget_s`` seconds are spent no further one is begun: those not reached stay without a time.
-    The current stream alone is waited for.
+    limits. A contestant that raises one of ``errors`` keeps the error and leaves; after each
+    round those leave that are far behind. When ``budget_s`` seconds are spent no further one is
+    begun: those not reached stay without a time. The current stream alone is waited for.
     """
     begin = time.perf_counter()
     # Its own generator: the program's random numbers stay as they are.
@@ -52,21 +77,28 @@ def measure(
     def spent() -> bool:
         return budget_s is not None and time.perf_counter() - begin > budget_s
 
-    for contestant in contestants:  # in cuDNN's order: the promising ones come first
+    for contestant in contestants:  # the promising ones come first
         if spent():
             break
+        contestant.reached = True
         try:
-            _sample(contestant, 1)  # loads kernels; tells nothing about the next run
-            contestant.samples_ms = [_sample(contestant, 1)]
+            contestant.run = contestant.prepare()
+            if contestant.run is not None:
+                contestant.sample(1)  # loads kernels; tells nothing about the next run
+                contestant.check()
+                contestant.samples_ms = [contestant.sample(1)]
         except errors as error:
             contestant.fail(error)
-    timed = [contestant for contestant in contestants if contestant.time_ms is not None]
-    if not timed:
-        return
-    best_ms = min(contestant.samples_ms[0] for contestant in timed)
-    timed = [c for c in timed if c.samples_ms[0] <= _DROP_FACTOR * best_ms]
+    timed = _within(_DROP_FACTOR, contestants)
     if len(timed) > 1:
         _sample_in_rounds(timed, order, spent, errors)
+
+
+def _within(factor: float, contestants: list[Contestant]) -> list[Contestant]:
+    """Those that are not slower than the best by more than a factor."""
+    times = {id(c): time_ms for c in contestants if (time_ms := c.time_ms) is not None}
+    limit = factor * min(times.values(), default=0.0)
+    return [c for c in contestants if id(c) in times and times[id(c)] <= limit]
 
 
 def _sample_in_rounds(
@@ -75,32 +107,18 @@ def _sample_in_rounds(
     spent: Callable[[], bool],
     errors: tuple[type[Exception], ...],
 ) -> None:
-    runs = {
-        id(c): max(1, min(_MAX_RUNS, round(_SAMPLE_MS / max(c.samples_ms[0], 1e-3)))) for c in timed
-    }
-    first = {id(c): c.samples_ms.pop() for c in timed}
-    for _ in range(_SAMPLES):
+    first = {id(c): c.samples_ms[0] for c in timed}
+    for number in range(_ROUNDS):
         if spent():
             break
         for contestant in order.sample(timed, len(timed)):
-            if contestant.error is not None:
-                continue
+            runs = max(1, min(_MAX_RUNS, round(_SAMPLE_MS / max(first[id(contestant)], 1e-3))))
             try:
-                contestant.samples_ms.append(_sample(contestant, runs[id(contestant)]))
+                sample_ms = contestant.sample(runs)
             except errors as error:
                 contestant.fail(error)
-    for contestant in timed:
-        if not contestant.samples_ms:
-            contestant.samples_ms = [first[id(contestant)]]
-
-
-def _sample(contestant: Contestant, runs: int) -> float:
-    """Milliseconds of one of ``runs`` runs back to back."""
-    start = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(runs):
-        contestant.run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / runs
+                continue
+            if number == 0:
+                contestant.samples_ms.clear()  # a single run says less than many back to back
+            contestant.samples_ms.append(sample_ms)
+        timed = _within(_LEAVE_FACTOR, timed)

@@ -20,9 +20,15 @@ PROBLEM_FIELDS = (
     "stride",
     "dilation",
     "groups",
+    "bias",
     "alignment",
     "device",
 )
+
+# How a bias is added, where not by an engine in a cuDNN graph of its own.
+FUSED = "fused"  # by the engine that convolves
+ADD = "add"  # by PyTorch
+IDENTITY = "+identity"  # ends the name of an engine that runs a convolution and a copy as one
 
 
 def format_bytes(count: int) -> str:
@@ -50,8 +56,11 @@ class Candidate:
     """One way to run a problem.
 
     Attributes:
-        provider: where it comes from: "legacy".
-        algorithm: the provider's name for it, for example "ALGO_1".
+        provider: where it comes from: "legacy" (cuDNN's algorithms) or "graph" (the engines of
+            its backend API).
+        algorithm: the provider's name for it: "ALGO_1", or engine and knobs as
+            "eng5_k2=3_k24=0"; with "+identity" the engine also does an operation that changes
+            nothing, which lets cuDNN compile it for the problem.
         math_type: cuDNN's math type, for example "TENSOR_OP_MATH"; "FMA_MATH" is true float32.
         deterministic: whether cuDNN promises the same bits at each run.
         workspace_bytes: scratch memory that it takes, in bytes.
@@ -59,6 +68,8 @@ class Candidate:
         skipped: whether the budget was spent before its turn to be timed.
         rejected: why it cannot run at all, or None.
         out_of_memory: whether the reason is memory that could not be had.
+        bias: how the bias is added: "fused" by the same engine, "add" by PyTorch afterwards, or
+            the engine of a second cuDNN graph, such as "eng1_k24=4"; None without a bias.
     """
 
     provider: str
@@ -70,14 +81,23 @@ class Candidate:
     skipped: bool = False
     rejected: str | None = None
     out_of_memory: bool = False
+    bias: str | None = None
 
     @property
     def name(self) -> str:
         """The name that the flag ``algorithm`` takes."""
         return f"{self.provider}:{self.algorithm}"
 
+    @property
+    def engine(self) -> tuple[str, str, str]:
+        """What convolves, whatever is done about the bias."""
+        return self.provider, self.algorithm, self.math_type
+
     def __str__(self) -> str:
-        return f"{self.name} ({self.math_type})"
+        bias = {None: "", FUSED: " with bias", ADD: " + PyTorch's bias"}.get(
+            self.bias, f" + bias {self.bias}"
+        )
+        return f"{self.name} ({self.math_type}){bias}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,14 +247,16 @@ def reproduction(problem: Problem, flags: dict[str, Any]) -> str:
     output_padding = tuple(problem.x[i + 2] - least[i] for i in (0, 1))
     layout = ", memory_format=torch.channels_last" if problem.layout == "nhwc" else ""
     options = f'dtype=torch.{problem.dtype}, device="cuda:{problem.device}"'
+    bias = f"torch.randn({problem.x[1]}, {options})" if problem.bias else None
     settings = ", ".join(f"{name}={value!r}" for name, value in flags.items())
     lines = [
         "import torch, dgrad",
         f"x = torch.randn({tuple(problem.y)}, {options})",
         f"w = torch.randn({tuple(problem.w)}, {options})",
+        f"b = {bias}",
         f"x, w = (t.to(t.device{layout}).requires_grad_() for t in (x, w))",
         f"with dgrad.flags({settings}):",
-        f"    y = dgrad.conv_transpose2d(x, w, None, {tuple(stride)}, {tuple(padding)}, "
+        f"    y = dgrad.conv_transpose2d(x, w, b, {tuple(stride)}, {tuple(padding)}, "
         f"{output_padding}, {problem.groups}, {tuple(dilation)})",
     ]
     if problem.direction != "dgrad":

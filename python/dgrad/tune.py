@@ -117,7 +117,9 @@ def _recorded(fields: object, backward: bool, device: int) -> Iterator[_Call]:
     others = [direction for direction in DIRECTIONS if backward and direction != own]
     for direction in (own, *others):
         try:
-            problem = make(**{**fields, "device": device, "direction": direction})
+            bias = fields["bias"] if direction == own else False
+            changed = {"device": device, "direction": direction, "bias": bias}
+            problem = make(**{**fields, **changed})
         except TypeError as error:
             raise ValueError("problem has a field of a wrong type") from error
         yield partial(run_problem, problem)

@@ -26,14 +26,15 @@ class LegacyPlan final : public Plan {
 
     [[nodiscard]] std::size_t workspace_bytes() const noexcept override { return workspace_bytes_; }
 
-    void execute(void* x, void* w, void* y, void* workspace, cudaStream_t stream) override {
+    void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) override {
         cudnnHandle_t handle = handle_for(device_);
         DGRAD_CUDNN_CHECK(cudnnSetStream(handle, stream));
         const auto pick = [this](const float& single, const double& twofold) -> const void* {
             return is_double_ ? static_cast<const void*>(&twofold) : &single;
         };
-        LegacyApi::run(handle, descriptors_, algorithm_, x, w, y, workspace, workspace_bytes_,
-                       pick(one_float, one_double), pick(zero_float, zero_double));
+        LegacyApi::run(handle, descriptors_, algorithm_, pointers.x, pointers.w, pointers.y,
+                       workspace, workspace_bytes_, pick(one_float, one_double),
+                       pick(zero_float, zero_double));
     }
 
   private:

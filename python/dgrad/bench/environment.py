@@ -14,8 +14,8 @@ import torch
 
 import dgrad
 from dgrad import _loader
+from dgrad.config import PROVIDERS
 
-_PROVIDERS = ("legacy",)
 _T = TypeVar("_T")
 
 
@@ -43,7 +43,7 @@ def providers() -> dict[str, dict[str, object]]:
     """For each provider whether it is usable, and if not, why."""
     available = _quiet(dgrad.is_available) is True
     reason = None if available else _text(dgrad.unavailable_reason) or "the reason is not known"
-    return {name: {"usable": available, "reason": reason} for name in _PROVIDERS}
+    return {name: {"usable": available, "reason": reason} for name in PROVIDERS}
 
 
 def device_name(device: torch.device) -> str:

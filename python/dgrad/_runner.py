@@ -1,0 +1,323 @@
+"""Runs one problem: chooses with the planner, measures where it must, and goes on to the next
+candidate where one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from operator import methodcaller
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import _loader, log, store
+from ._candidates import make_plan, pass_operation, with_best_pass
+from ._check import Check
+from ._knowledge import knowledge_of
+from ._watch import note, watchers
+from .config import Policy
+from .exceptions import (
+    CudnnError,
+    CudnnExecutionError,
+    CudnnInternalError,
+    CudnnNotInitializedError,
+    NotSupportedError,
+    OutOfMemoryError,
+    TorchOutOfMemoryError,
+)
+from .measure import Contestant, measure
+from .planner import objection, preference, selection_of
+from .selection import ADD, FUSED, Selection, format_bytes, reasons_table, reproduction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ._core import Plan, Problem, ReadyCall
+
+_UNPLANNABLE = (CudnnError, ValueError)
+_FAILURES = (*_UNPLANNABLE, TorchOutOfMemoryError)
+_PASSING = (CudnnExecutionError, CudnnInternalError)  # may not last: not for the store
+_ALLOCATION_FAILED = (4003, 4004)  # CUDNN_STATUS_INTERNAL_ERROR_HOST / DEVICE_ALLOCATION_FAILED
+
+
+def _add(x: Tensor, bias: Tensor) -> None:
+    x.add_(bias.view(1, -1, 1, 1))
+
+
+class Runner:
+    """Runs one problem under one policy, on the thread that made it.
+
+    The best usable candidate runs. One that fails, or whose workspace cannot be had, is noted
+    with the reason for all threads, and the next one takes its place.
+    """
+
+    __slots__ = (
+        "_announced",
+        "_bias",
+        "_by_rows",
+        "_device",
+        "_index",
+        "_knowledge",
+        "_plan",
+        "_policy",
+        "_problem",
+        "_provisional",
+        "_workspace_bytes",
+    )
+
+    def __init__(self, problem: Problem, policy: Policy) -> None:
+        self._problem = problem
+        self._policy = policy
+        self._device = torch.device("cuda", problem.device)
+        self._plan: Plan | None = None
+        self._provisional = False
+        self._by_rows = pass_operation(problem) == "bias_rows"
+
+    def run(self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None = None) -> None:
+        """Queue the work on the current stream; the problem's device must be current.
+
+        Args:
+            x, w, y: dense in the problem's layout; the result of the direction is overwritten.
+            bias: what x gets added if the problem has a bias.
+
+        Raises:
+            NotSupportedError: no candidate can run; OutOfMemoryError if memory is what lacks.
+        """
+        while True:
+            if self._plan is None or self._provisional:
+                self._choose(x, w, y, bias)
+            assert self._plan is not None
+            try:
+                self._execute(self._plan, self._bias, x, w, y, bias)
+            except _FAILURES as error:
+                if isinstance(error, CudnnError) and torch.cuda.is_current_stream_capturing():
+                    raise  # of the capture, perhaps, and not of the candidate
+                self._reject(self._index, error)
+                self._plan = None
+                continue
+            self._knowledge.runs += 1
+            if not self._announced:
+                self._announce()
+            if watchers:
+                note(self.selection())
+            return
+
+    def _execute(
+        self,
+        plan: Plan,
+        how: str | None,
+        x: Tensor,
+        w: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+    ) -> None:
+        """Run a plan, and what is left of the bias; ``how`` is the candidate's."""
+        size = plan.workspace_bytes
+        # A storage and not a tensor, which deterministic algorithms would fill at each call.
+        workspace = torch.UntypedStorage(size, device=self._device) if size else None
+        rows = bias
+        if bias is not None and how not in (FUSED, ADD) and self._by_rows:
+            rows = bias.repeat(x.shape[0])
+        plan.execute(
+            x.data_ptr(),
+            w.data_ptr(),
+            y.data_ptr(),
+            0 if rows is None else rows.data_ptr(),
+            0 if workspace is None else workspace.data_ptr(),
+            torch._C._cuda_getCurrentRawStream(self._problem.device),
+        )
+        if how == ADD:
+            assert bias is not None
+            _add(x, bias)
+
+    def ready(self, make_out: Callable[[], Tensor]) -> ReadyCall | None:
+        """What native code needs to run this as it last ran, or None if that is not settled."""
+        if self._plan is None or self._provisional or not self._announced:
+            return None
+        core, knowledge, size = _loader.require(), self._knowledge, self._plan.workspace_bytes
+        if knowledge.ready_uses is None:
+            knowledge.ready_uses = core.UseCount()
+        by_cudnn = self._problem.bias and self._bias != ADD
+        repeated = by_cudnn and self._bias != FUSED and self._by_rows
+        call: ReadyCall = core.ReadyCall(
+            plan=self._plan,
+            make_out=make_out,
+            make_workspace=partial(torch.UntypedStorage, size, device=self._device)
+            if size
+            else None,
+            enter_bias=methodcaller("repeat", self._problem.x[0]) if repeated else None,
+            add_bias=_add if self._bias == ADD else None,
+            plan_reads_bias=by_cudnn,
+            uses=knowledge.ready_uses,
+        )
+        return call
+
+    def _choose(self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None) -> None:
+        problem, policy = self._problem, self._policy
+        self._knowledge = knowledge = knowledge_of(problem)
+        missing = self._untimed()
+        self._provisional = bool(missing) and torch.cuda.is_current_stream_capturing()
+        if self._provisional and self._plan is not None:
+            return
+        if missing and not self._provisional:
+            with knowledge.measuring:
+                missing = self._untimed()  # another thread may have been first
+                if missing:
+                    self._measure(missing, x, w, y, bias)
+        for index in preference(knowledge.candidates, problem.direction, policy):
+            try:
+                plan = self._make_plan(index)
+            except _UNPLANNABLE as error:
+                self._reject(index, error)
+                continue
+            candidate = knowledge.candidates[index]
+            if objection(candidate, problem.direction, policy) is not None:
+                continue  # the plan knows a larger workspace than the heuristic did
+            self._index, self._plan, self._bias = index, plan, candidate.bias
+            self._announced = policy in knowledge.ran
+            if self._provisional:
+                log.captured(problem)
+            knowledge.pack()
+            return
+        raise self._nothing_usable()
+
+    def _untimed(self) -> list[int]:
+        """The candidates to time before this policy can choose."""
+        policy, candidates = self._policy, self._knowledge.candidates
+        direction = self._problem.direction
+        if policy.selection == "heuristic" or policy.forces(direction):
+            return []
+        usable = preference(candidates, direction, policy)
+        if len(usable) < 2:
+            return []
+        again = policy.selection == "exhaustive"
+        return sorted(
+            i
+            for i in usable
+            if candidates[i].time_ms is None and (again or not candidates[i].skipped)
+        )
+
+    def _make_plan(self, index: int) -> Plan:
+        candidate = self._knowledge.candidates[index]
+        plan = make_plan(self._problem, candidate)
+        if plan.workspace_bytes != candidate.workspace_bytes:  # the heuristic's is an estimate
+            self._knowledge.update(index, workspace_bytes=plan.workspace_bytes)
+        return plan
+
+    def _measure(
+        self, indices: list[int], x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None
+    ) -> None:
+        """Time candidates on the caller's tensors: the result is overwritten by the run after."""
+        problem, policy, knowledge = self._problem, self._policy, self._knowledge
+        tensors = x, w, y, bias
+        result = {"dgrad": x, "fprop": y, "wgrad": w}[problem.direction]
+        check = Check(result, problem)
+        contestants = {i: Contestant(partial(self._prepare, i, tensors), check) for i in indices}
+        budget_s = policy.measure_budget if policy.selection == "measure" else None
+        reserved = torch.cuda.memory_reserved(self._device)
+        measure(list(contestants.values()), budget_s, _FAILURES)
+        self._learn(contestants)
+        if problem.bias:
+            combined = with_best_pass(knowledge.candidates)
+            if combined is not None:
+                index = knowledge.add(combined)
+                contestants[index] = Contestant(partial(self._prepare, index, tensors), check)
+                measure([contestants[index]], None, _FAILURES)
+                self._learn({index: contestants[index]})
+        if torch.cuda.memory_reserved(self._device) > reserved:
+            # The allocator would keep the workspaces of all that were tried.
+            torch.cuda.empty_cache()
+        knowledge.source = "measured"
+        knowledge.forget(policy=policy)  # what ran in a capture is chosen anew
+        errors = [contestant.error for contestant in contestants.values()]
+        if not any(isinstance(error, _PASSING) for error in errors):
+            store.write(problem, knowledge.candidates)
+
+    def _prepare(
+        self, index: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    ) -> Callable[[], None] | None:
+        plan = self._make_plan(index)
+        candidate = self._knowledge.candidates[index]
+        if objection(candidate, self._problem.direction, self._policy) is not None:
+            return None
+        return partial(self._execute, plan, candidate.bias, *tensors)
+
+    def _learn(self, contestants: dict[int, Contestant]) -> None:
+        for index, contestant in contestants.items():
+            if contestant.error is not None:
+                self._reject(index, contestant.error)
+            else:
+                self._knowledge.update(
+                    index, time_ms=contestant.time_ms, skipped=not contestant.reached
+                )
+
+    def _reject(self, index: int, error: Exception) -> None:
+        """Note that a candidate does not run, for all threads."""
+        if isinstance(error, CudnnNotInitializedError):
+            raise error  # cuDNN does not start: no fault of the candidate
+        out_of_memory = isinstance(error, TorchOutOfMemoryError) or (
+            isinstance(error, CudnnError) and error.status in _ALLOCATION_FAILED
+        )
+        candidate = self._knowledge.candidates[index]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if out_of_memory:
+            size = format_bytes(candidate.workspace_bytes)
+            reason = f"out of memory: no room for its workspace of {size}: {reason}"
+        self._knowledge.forget(chosen=index)
+        candidate = self._knowledge.update(index, rejected=reason, out_of_memory=out_of_memory)
+        log.rejected(self._problem, candidate)
+
+    def selection(self) -> Selection:
+        """What this runner has chosen, and why."""
+        return selection_of(self._knowledge, self._policy, self._index, self._source())
+
+    def _source(self) -> str:
+        candidate = self._knowledge.candidates[self._index]
+        if self._policy.forces(self._problem.direction):
+            return "forced"
+        if self._policy.selection == "heuristic" or candidate.time_ms is None:
+            return "heuristic"
+        return self._knowledge.source
+
+    def _announce(self) -> None:
+        self._announced = True
+        if self._knowledge.has_run(self._policy, self._index, self._source()):
+            log.selected(self.selection(), self._policy)
+        self._knowledge.pack()
+
+    def _nothing_usable(self) -> NotSupportedError:
+        problem, policy = self._problem, self._policy
+        reasons = [
+            (candidate, objection(candidate, problem.direction, policy) or "not tried")
+            for candidate in self._knowledge.candidates
+        ]
+        flags = {
+            name: value
+            for name, value in (
+                ("allow_tf32", problem.tf32 if problem.dtype == "float32" else None),
+                ("deterministic", policy.deterministic or None),
+                ("workspace_limit", policy.workspace_limit),
+                (
+                    "algorithm",
+                    {d: n[0] if len(n) == 1 else list(n) for d, n in policy.algorithm} or None,
+                ),
+                ("fallback", "error"),
+            )
+            if value is not None
+        }
+        lacking = [
+            index
+            for index, (candidate, _) in enumerate(reasons)
+            if candidate.out_of_memory
+            and objection(replace(candidate, rejected=None), problem.direction, policy) is None
+        ]
+        for index in lacking:  # with nothing else to run, memory is worth another look
+            self._knowledge.update(index, rejected=None, out_of_memory=False)
+        out_of_memory = bool(lacking)
+        what = "is out of memory for" if out_of_memory else "has no usable candidate for"
+        message = (
+            f"dgrad {what} {problem}\n{reasons_table(reasons)}\n"
+            f"To reproduce:\n\n{reproduction(problem, flags)}\n"
+        )
+        return OutOfMemoryError(message) if out_of_memory else NotSupportedError(message)

@@ -1,0 +1,29 @@
+// The engines that cuDNN has for a graph, by name, in the order of its heuristics.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "graph/backend.hpp"
+#include "graph/operation_graph.hpp"
+
+namespace dgrad::graph {
+
+// One engine with its knobs set. The name is the whole identity: "eng5_k2=3_k24=0" is engine 5
+// with knob type 2 at 3 and knob type 24 at 0, as cuDNN numbers them.
+struct Engine {
+    std::string name;
+    std::vector<std::string> notes;  // cuDNN's numerical notes, such as "TENSOR_CORE"
+};
+
+// Heuristic modes A, B and fallback, best first, each engine once. Needs the device.
+std::vector<Engine> heuristic(const Problem& problem, Operation operation);
+
+// The finalized configuration of a named engine; std::invalid_argument for what is no name,
+// CudnnError where cuDNN has no such engine for the graph.
+Descriptor engine_config(const OperationGraph& graph, const std::string& name);
+
+std::vector<std::string> numerical_notes(const Descriptor& engine_config);
+
+}  // namespace dgrad::graph

@@ -1,0 +1,94 @@
+// Calls that were made ready before: from tensors to queued work without leaving native code.
+//
+// Choosing, checking arguments and making plans is Python's part. What it came to is put here with
+// all that it depended on; the same call again costs a look-up. A call that is not here, or that
+// fails, is Python's again: nothing is reported from here.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+
+#include "dlpack.hpp"
+#include "plan.hpp"
+
+namespace dgrad {
+
+// How often a problem was run by ready calls, of all threads: guarded by the GIL.
+struct UseCount {
+    std::uint64_t count = 0;
+};
+
+// Callables are Python's, of no arguments unless said otherwise; None where there is nothing to do.
+struct ReadyCall {
+    std::shared_ptr<Plan> plan;
+    pybind11::object make_out;
+    pybind11::object make_workspace;  // a storage
+    pybind11::object enter_bias;      // of the bias: the one that the plan reads
+    pybind11::object add_bias;        // of the result and the bias
+    bool plan_reads_bias;
+    std::shared_ptr<UseCount> uses;
+};
+
+// Not thread-safe: the GIL guards it, and a plan is found by the thread that made it only.
+class ReadyCalls {
+  public:
+    // `exchange`: the capsule of the tensor type. `types`: the exact types of tensors that are
+    // read, as a subclass may have rules of its own. `current_device`: the index of the device.
+    ReadyCalls(const pybind11::capsule& exchange, pybind11::tuple types,
+               pybind11::object current_device);
+
+    // The result of dgrad for y, w and a bias or None, or None if it is not ready. `state` is all
+    // else that decides, and hashable.
+    pybind11::object run(const pybind11::object& y, const pybind11::object& w,
+                         const pybind11::object& bias, const pybind11::tuple& state);
+
+    // `kept` lives as long as the entry.
+    void put(const pybind11::object& y, const pybind11::object& w, const pybind11::object& bias,
+             const pybind11::tuple& state, std::shared_ptr<ReadyCall> call, pybind11::object kept);
+
+    void clear();
+    [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
+    [[nodiscard]] std::uint64_t hits() const noexcept { return hits_; }
+
+  private:
+    static constexpr std::size_t most_facts = 32;
+
+    // What is read off the tensors.
+    struct Key {
+        std::array<std::int64_t, most_facts> facts{};
+        std::size_t count = 0;
+        pybind11::tuple state;
+        std::int64_t state_hash = 0;
+
+        bool operator==(const Key& other) const;
+    };
+    struct Hash {
+        std::size_t operator()(const Key& key) const noexcept;
+    };
+    struct Entry {
+        std::shared_ptr<ReadyCall> call;
+        pybind11::object kept;
+    };
+    struct Tensors {
+        dlpack::Tensor y;
+        dlpack::Tensor w;
+        dlpack::Tensor bias;
+    };
+
+    bool read(const pybind11::object& object, dlpack::Tensor* tensor, Key* key) const;
+    bool read_all(const pybind11::object& y, const pybind11::object& w,
+                  const pybind11::object& bias, Tensors* tensors, Key* key) const;
+
+    const dlpack::Exchange* exchange_;
+    pybind11::tuple types_;
+    pybind11::object current_device_;
+    std::unordered_map<Key, Entry, Hash> entries_;
+    std::uint64_t hits_ = 0;
+};
+
+}  // namespace dgrad

@@ -1,0 +1,246 @@
+"""A fake of the native module: cuDNN's answers are the premise of a test, not what is tested."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import dgrad
+from dgrad import _candidates, _runner, config
+from dgrad._geometry import Pair
+from dgrad._runner import Runner
+from dgrad.exceptions import CudnnError, TorchOutOfMemoryError, cudnn_error
+
+MIB = 2**20
+STREAM = 77
+REFUSED = cudnn_error(3000, "cudnnFinalize returned 3000", "cudnnBackendFinalize", "")
+
+# What a runner is given. The sizes are those of FakeProblem, so that a bias fits x.
+X, W, Y = torch.zeros(1, 2, 7, 7), torch.ones(4, 2, 3, 3), torch.ones(1, 4, 3, 3)
+BIAS = torch.tensor([1.0, -2.0])
+
+
+@dataclass(frozen=True)
+class FakeProblem:
+    """The fields of dgrad._core.Problem."""
+
+    direction: str = "dgrad"
+    dtype: str = "float32"
+    tf32: bool = True
+    layout: str = "nchw"
+    x: tuple[int, ...] = (1, 2, 7, 7)
+    w: tuple[int, ...] = (4, 2, 3, 3)
+    y: tuple[int, ...] = (1, 4, 3, 3)
+    padding: Pair = (0, 0)
+    stride: Pair = (2, 2)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    bias: bool = False
+    alignment: int = 16
+    device: int = 0
+
+
+@dataclass
+class FakeResult:
+    """What cuDNN's heuristic says of a legacy algorithm."""
+
+    algorithm: str
+    math_type: str = "DEFAULT_MATH"
+    deterministic: bool = True
+    workspace_bytes: int = 0
+    rejected: str = ""
+
+
+@dataclass
+class FakeEngine:
+    """What cuDNN's heuristic says of an engine; its plan tells the workspace and the true notes."""
+
+    name: str
+    notes: Sequence[str] = ()
+    workspace_bytes: int = 0
+    true_notes: Sequence[str] | None = None
+
+
+@dataclass
+class FakePlan:
+    core: FakeCore
+    name: str
+    workspace_bytes: int
+    notes: list[str] = field(default_factory=list)
+
+    def execute(self, x: int, w: int, y: int, bias: int, workspace: int, stream: int) -> None:
+        self.core.attempts.append(self.name)
+        if self.name in self.core.failing:
+            raise self.core.failing[self.name]
+        assert bool(workspace) is bool(self.workspace_bytes)
+        self.core.ran.append((self.name, x, w, y, bias, stream))
+        self.core.on_run(self.name, x, bias)
+
+
+class FakeCore:
+    """Answers like the native module, and notes what it is asked.
+
+    A plan is named by its algorithm, or as "convolution:eng5"; two in a row as "A + bias:eng1".
+    """
+
+    def __init__(self, *results: FakeResult) -> None:
+        self.results: list[FakeResult] | CudnnError = list(results)
+        self.engines: dict[str, list[FakeEngine] | CudnnError] = {}  # by operation
+        self.failing: dict[str, Exception] = {}  # by plan: raised when it runs
+        self.unplannable: dict[str, Exception] = {}  # by plan: raised when it is planned
+        self.true_workspace_bytes: dict[str, int] = {}  # where the heuristic's number is wrong
+        self.free_bytes = 2**40
+        self.heuristics = 0
+        self.planned: list[tuple[str, str]] = []
+        self.attempts: list[str] = []
+        self.ran: list[tuple[str, int, int, int, int, int]] = []
+        # What a plan does: its name, and the pointers to x and to the bias.
+        self.on_run: Callable[[str, int, int], None] = lambda name, x, bias: None
+
+    def Problem(self, **fields: Any) -> FakeProblem:
+        return FakeProblem(**fields)
+
+    def legacy_algorithms(self, direction: str) -> list[str]:
+        return ["ALGO_0", "ALGO_1"]
+
+    def legacy_heuristic(self, problem: FakeProblem) -> list[FakeResult]:
+        self.heuristics += 1
+        if isinstance(self.results, CudnnError):
+            raise self.results
+        return self.results
+
+    def legacy_plan(self, problem: FakeProblem, algorithm: str, math_type: str) -> FakePlan:
+        self.planned.append((algorithm, math_type))
+        if algorithm in self.unplannable:
+            raise self.unplannable[algorithm]
+        assert isinstance(self.results, list)
+        estimated = next(
+            result.workspace_bytes
+            for result in self.results
+            if (result.algorithm, result.math_type) == (algorithm, math_type)
+        )
+        return FakePlan(self, algorithm, self.true_workspace_bytes.get(algorithm, estimated))
+
+    def graph_heuristic(self, problem: FakeProblem, operation: str) -> list[FakeEngine]:
+        engines = self.engines.get(operation, [])
+        if isinstance(engines, CudnnError):
+            raise engines
+        return engines
+
+    def graph_plan(self, problem: FakeProblem, operation: str, engine: str) -> FakePlan:
+        name = f"{operation}:{engine}"
+        self.planned.append((operation, engine))
+        if name in self.unplannable:
+            raise self.unplannable[name]
+        known = self.engines.get(operation, [])
+        assert not isinstance(known, CudnnError)
+        for each in known:
+            if each.name == engine:
+                notes = each.notes if each.true_notes is None else each.true_notes
+                return FakePlan(self, name, each.workspace_bytes, list(notes))
+        raise ValueError(f"engine is '{engine}', expected a name such as 'eng5_k2=3_k24=0'")
+
+    def sequence(self, first: FakePlan, second: FakePlan) -> FakePlan:
+        size = max(first.workspace_bytes, second.workspace_bytes)
+        return FakePlan(self, f"{first.name} + {second.name}", size, first.notes)
+
+    def storage(self, size: int, device: torch.device) -> Any:
+        assert device == torch.device("cuda", 0)
+        if size > self.free_bytes:
+            raise TorchOutOfMemoryError(f"CUDA out of memory. Tried to allocate {size}.\nAnd so on")
+        return SimpleNamespace(data_ptr=lambda: 4096)
+
+    def begin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Stand in the place of cuDNN, and of the GPU."""
+        monkeypatch.setattr(_candidates, "_loader", SimpleNamespace(require=lambda: self))
+        driver = SimpleNamespace(_cuda_getCurrentRawStream=lambda device: STREAM)
+        cuda = SimpleNamespace(
+            is_current_stream_capturing=lambda: False,
+            memory_reserved=lambda device: 0,
+            empty_cache=lambda: None,
+        )
+        fake_torch = SimpleNamespace(
+            UntypedStorage=self.storage, device=torch.device, _C=driver, cuda=cuda
+        )
+        monkeypatch.setattr(_runner, "torch", fake_torch)
+
+
+Start = Callable[..., FakeCore]
+HEURISTIC = config.policy(dgrad.Flags(selection="heuristic"))
+
+
+def starting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """A fixture that puts a fake in the place of cuDNN: these results, and engines by operation."""
+
+    def put(*results: FakeResult, **engines: list[FakeEngine] | CudnnError) -> FakeCore:
+        core = FakeCore(*results)
+        core.engines = engines
+        core.begin(monkeypatch)
+        return core
+
+    dgrad.plan_cache.clear()
+    yield put
+    dgrad.plan_cache.clear()
+
+
+def run(problem: Any = None, bias: torch.Tensor | None = None, **flags: Any) -> None:
+    with dgrad.flags(**{"selection": "heuristic", **flags}):
+        Runner(problem or FakeProblem(), config.policy()).run(X, W, Y, bias)
+
+
+def refused(problem: Any = None, bias: torch.Tensor | None = None, **flags: Any) -> str:
+    with pytest.raises(dgrad.NotSupportedError) as caught:
+        run(problem, bias, **flags)
+    assert type(caught.value) is dgrad.NotSupportedError
+    return str(caught.value)
+
+
+def names(core: FakeCore) -> list[str]:
+    """What ran, in order."""
+    return [name for name, *_ in core.ran]
+
+
+def floats_at(address: int, count: int) -> list[float]:
+    """What a kernel would read."""
+    return list((ctypes.c_float * count).from_address(address))
+
+
+def fake_times(
+    core: FakeCore, monkeypatch: pytest.MonkeyPatch, times: dict[str, float | None]
+) -> list[list[str]]:
+    """Timing gives these, by plan, and None where the budget ends before.
+
+    Returns what is timed, a list for each measuring.
+    """
+    measured: list[list[str]] = []
+
+    def measure(contestants: list[Any], budget_s: float | None, errors: Any) -> None:
+        measured.append([])
+        for contestant in contestants:
+            before = len(core.ran)
+            try:
+                run = contestant.prepare()
+                contestant.reached = True
+                if run is None:
+                    continue
+                run()
+                contestant.check()
+            except errors as error:
+                contestant.fail(error)
+                continue
+            finally:
+                done = names(core)[before:]
+                del core.ran[before:]
+            measured[-1] += done
+            time_ms = times[done[0]]
+            contestant.reached = time_ms is not None
+            contestant.samples_ms = [] if time_ms is None else [time_ms]
+
+    monkeypatch.setattr(_runner, "measure", measure)
+    return measured

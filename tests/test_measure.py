@@ -1,0 +1,289 @@
+"""Timing candidates against each other, on a clock that the runs themselves advance."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgrad import measure as measuring
+from dgrad.measure import Contestant, measure
+
+ROUNDS = 5
+
+
+class Failure(Exception):
+    pass
+
+
+class Device:
+    """A GPU on which each run takes what it is told to, and nothing else takes time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_ms = 0.0
+        self.events: list[str] = []
+        event = SimpleNamespace(Event=lambda enable_timing: FakeEvent(self))
+        monkeypatch.setattr(measuring, "torch", SimpleNamespace(cuda=event))
+        clock = SimpleNamespace(perf_counter=lambda: self.now_ms / 1e3)
+        monkeypatch.setattr(measuring, "time", clock)
+
+    def contestant(
+        self,
+        name: str,
+        time_ms: float | Callable[[int], float],
+        *,
+        check: Callable[[], None] = lambda: None,
+    ) -> Contestant:
+        """One whose runs take so many milliseconds; a function is given the number of the run."""
+        runs = 0
+
+        def run() -> None:
+            nonlocal runs
+            self.events.append(name)
+            self.now_ms += time_ms(runs) if callable(time_ms) else time_ms
+            runs += 1
+
+        def prepare() -> Callable[[], None]:
+            self.events.append(f"prepare {name}")
+            return run
+
+        return Contestant(prepare, check)
+
+    def count(self, name: str) -> int:
+        return self.events.count(name)
+
+
+class FakeEvent:
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._at_ms = 0.0
+
+    def record(self) -> None:
+        self._at_ms = self._device.now_ms
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end._at_ms - self._at_ms
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(monkeypatch)
+
+
+def time(contestants: Sequence[Contestant], budget_s: float | None = None) -> list[float | None]:
+    measure([*contestants], budget_s, (Failure,))
+    return [c if c is None else round(c, 9) for c in (each.time_ms for each in contestants)]
+
+
+def rounds(contestant: Contestant) -> int:
+    """How many rounds it took part in, where it was timed."""
+    return len(contestant.samples_ms)
+
+
+def test_times_are_those_of_one_run(device: Device) -> None:
+    times = [2.0, 2.2, 0.5, 0.02]
+    assert time([device.contestant(str(i), t) for i, t in enumerate(times)]) == times
+
+
+def test_each_is_prepared_when_its_turn_comes_and_once(device: Device) -> None:
+    time([device.contestant("a", 5.0), device.contestant("b", 5.0), device.contestant("c", 50.0)])
+    # One run loads kernels, another is timed.
+    assert device.events[:9] == [
+        "prepare a", "a", "a", "prepare b", "b", "b", "prepare c", "c", "c",
+    ]  # fmt: skip
+    assert sum(event.startswith("prepare") for event in device.events) == 3
+
+
+def test_the_first_run_tells_nothing(device: Device) -> None:
+    slow_start = device.contestant("a", lambda run: 1000.0 if run == 0 else 5.0)
+    assert time([slow_start, device.contestant("b", 6.0)]) == [5.0, 6.0]
+
+
+def test_one_that_is_not_wanted_is_reached_and_not_timed(device: Device) -> None:
+    unwanted = Contestant(lambda: None)
+    assert time([unwanted, device.contestant("b", 2.0)]) == [None, 2.0]
+    assert unwanted.reached
+    assert unwanted.error is None
+
+
+def test_when_the_budget_is_spent_no_further_one_is_begun(device: Device) -> None:
+    names = "abcd"
+    contestants = [device.contestant(name, 10.0) for name in names]
+    assert time(contestants, budget_s=0.03) == [10.0, 10.0, None, None]
+    assert [each.reached for each in contestants] == [True, True, False, False]
+    assert device.count("prepare b") == 1
+    assert device.count("prepare c") == device.count("c") == 0
+
+
+def test_without_a_budget_all_are_reached(device: Device) -> None:
+    contestants = [device.contestant(str(i), 1e4) for i in range(50)]
+    assert None not in time(contestants)
+    assert all(each.reached and rounds(each) == ROUNDS for each in contestants)
+
+
+def test_a_budget_of_nothing_times_at_most_one(device: Device) -> None:
+    contestants = [device.contestant("a", 1.0), device.contestant("b", 1.0)]
+    assert time(contestants, budget_s=0.0) == [1.0, None]
+
+
+def test_a_budget_that_ends_in_the_rounds_keeps_what_was_sampled(device: Device) -> None:
+    contestants = [device.contestant("a", 10.0), device.contestant("b", 11.0)]
+    assert time(contestants, budget_s=0.085) == [10.0, 11.0]
+    assert [rounds(each) for each in contestants] == [3, 3]
+
+
+def test_one_four_times_slower_is_not_run_again(device: Device) -> None:
+    time([device.contestant("a", 10.0), device.contestant("b", 41.0), device.contestant("c", 39.0)])
+    assert device.count("b") == 2
+    assert device.count("c") == 3  # a round, and then it is too far behind
+    assert device.count("a") == 2 + ROUNDS
+
+
+def test_one_that_a_later_one_beats_by_far_leaves_too(device: Device) -> None:
+    contestants = [device.contestant("a", 50.0), device.contestant("b", 10.0)]
+    assert time(contestants) == [50.0, 10.0]
+    assert device.count("a") == 2
+
+
+def test_after_each_round_those_leave_that_are_a_quarter_behind(device: Device) -> None:
+    factors = {"a": 1.0, "b": 1.24, "c": 1.26, "d": 3.9, "e": 1.0}
+    contestants = {name: device.contestant(name, 4.0 * f) for name, f in factors.items()}
+    times = time([*contestants.values()])
+    assert times == [round(4.0 * factor, 9) for factor in factors.values()]
+    assert {name: rounds(each) for name, each in contestants.items()} == {
+        "a": ROUNDS, "b": ROUNDS, "c": 1, "d": 1, "e": ROUNDS,
+    }  # fmt: skip
+    assert {name: device.count(name) - 2 for name in contestants} == {
+        "a": ROUNDS, "b": ROUNDS, "c": 1, "d": 1, "e": ROUNDS,
+    }  # fmt: skip
+
+
+def test_one_that_falls_behind_in_a_later_round_leaves_then(device: Device) -> None:
+    # Two rounds as fast as the other, then slower: by the median it is behind after the fourth.
+    tiring = device.contestant("a", lambda run: 10.0 if run < 4 else 20.0)
+    assert time([tiring, device.contestant("b", 10.0)]) == [15.0, 10.0]
+    assert rounds(tiring) == 4
+
+
+def test_a_single_disturbed_sample_does_not_count(device: Device) -> None:
+    disturbed = device.contestant("a", lambda run: 40.0 if run == 5 else 10.0)
+    assert time([disturbed, device.contestant("b", 10.5)]) == [10.0, 10.5]
+    assert rounds(disturbed) == ROUNDS
+
+
+def test_the_single_run_before_the_rounds_does_not_count(device: Device) -> None:
+    lucky = device.contestant("a", lambda run: 4.0 if run == 1 else 10.0)
+    assert time([lucky, device.contestant("b", 10.0)]) == [10.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("time_ms", "runs"), [(5.0, 1), (0.9, 1), (0.5, 2), (0.1, 10), (0.021, 48), (0.001, 50)]
+)
+def test_short_runs_are_timed_back_to_back(device: Device, time_ms: float, runs: int) -> None:
+    time([device.contestant("a", time_ms), device.contestant("b", time_ms)])
+    assert device.count("a") == 2 + ROUNDS * runs
+    before = device.events.index("prepare b")
+    order = device.events[before + 3 :]
+    changes = sum(one != other for one, other in pairwise(order))
+    assert changes <= 2 * ROUNDS - 1, "the runs of one sample do not lie together"
+
+
+def test_one_alone_is_run_twice(device: Device) -> None:
+    assert time([device.contestant("a", 0.1)]) == [0.1]
+    assert device.count("a") == 2
+    assert time([]) == []
+
+
+def test_no_time_is_zero(device: Device) -> None:
+    assert time([device.contestant("a", 0.0), device.contestant("b", 0.0)]) == [1e-6, 1e-6]
+
+
+def test_the_order_changes_and_the_programs_random_numbers_stay(device: Device) -> None:
+    random.seed(7)
+    expected = random.random()
+    random.seed(7)
+    time([device.contestant(name, 10.0) for name in "abcdefgh"])
+    assert random.random() == expected
+    first = device.events.index("prepare h") + 3
+    turns = [device.events[first + 8 * i : first + 8 * (i + 1)] for i in range(ROUNDS)]
+    assert all(sorted(turn) == [*"abcdefgh"] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) == ROUNDS
+
+
+@pytest.mark.parametrize("when", ["prepare", "first run", "check", "second run", "a round"])
+def test_one_that_fails_leaves_with_its_error_and_the_others_stay(
+    device: Device, when: str
+) -> None:
+    at = {"first run": 0, "second run": 1, "a round": 4}.get(when)
+
+    def fail(*_: object) -> Any:
+        raise Failure(when)
+
+    failing = device.contestant(
+        "a",
+        lambda run: fail() if run == at else 1.0,
+        check=fail if when == "check" else lambda: None,
+    )
+    if when == "prepare":
+        failing.prepare = fail
+    others = [device.contestant("b", 1.0), device.contestant("c", 1.1)]
+    assert time([failing, *others]) == [None, 1.0, 1.1]
+    assert failing.reached
+    assert isinstance(failing.error, Failure)
+    assert str(failing.error) == when
+    assert failing.error.__traceback__ is None, "it would hold the workspace"
+    assert [rounds(each) for each in others] == [ROUNDS, ROUNDS]
+    assert device.count("a") == (at + 1 if at is not None else {"prepare": 0, "check": 1}[when])
+
+
+def test_what_is_no_failure_of_a_candidate_is_passed_on(device: Device) -> None:
+    def broken() -> Any:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        time([device.contestant("a", 1.0), Contestant(broken)])
+
+
+def test_the_check_comes_once_after_the_first_run(device: Device) -> None:
+    def check(name: str) -> Callable[[], None]:
+        return lambda: device.events.append(f"check {name}")
+
+    time([device.contestant(name, 10.0, check=check(name)) for name in "ab"])
+    assert device.events[:8] == [
+        "prepare a", "a", "check a", "a", "prepare b", "b", "check b", "b",
+    ]  # fmt: skip
+    assert device.count("check a") == device.count("check b") == 1
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    times=st.lists(st.floats(0.01, 100), min_size=1, max_size=12),
+    budget_s=st.none() | st.floats(0, 2),
+)
+def test_whatever_the_times_those_that_are_reached_get_theirs(
+    times: list[float], budget_s: float | None
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        device = Device(patch)
+        contestants = [device.contestant(str(i), t) for i, t in enumerate(times)]
+        measure(contestants, budget_s, (Failure,))
+    for each, expected in zip(contestants, times, strict=True):
+        assert (each.time_ms is not None) is each.reached
+        assert each.time_ms is None or each.time_ms == pytest.approx(expected)
+        assert rounds(each) <= ROUNDS
+    reached = [each.reached for each in contestants]
+    assert reached == sorted(reached, reverse=True), "the promising ones come first"
+    if budget_s is None:
+        assert all(reached)
+        fastest = min(contestants, key=lambda each: each.time_ms or 0.0)
+        within = [t for t in times if t <= 4 * min(times)]
+        assert rounds(fastest) == (ROUNDS if len(within) > 1 else 1)
