@@ -165,18 +165,23 @@ void bind_ready(py::module_& m) {
     py::class_<ReadyCall, std::shared_ptr<ReadyCall>>(m, "ReadyCall")
         .def(py::init([](std::shared_ptr<dgrad::Plan> plan, py::object make_out,
                          py::object make_workspace, py::object enter_bias, py::object add_bias,
-                         bool plan_reads_bias, std::shared_ptr<dgrad::UseCount> uses) {
-                 return std::make_shared<ReadyCall>(ReadyCall{
-                     std::move(plan), std::move(make_out), std::move(make_workspace),
-                     std::move(enter_bias), std::move(add_bias), plan_reads_bias, std::move(uses)});
+                         bool plan_reads_bias, std::shared_ptr<dgrad::UseCount> uses,
+                         py::object recipe) {
+                 return std::make_shared<ReadyCall>(
+                     ReadyCall{std::move(plan), std::move(make_out), std::move(make_workspace),
+                               std::move(enter_bias), std::move(add_bias), plan_reads_bias,
+                               std::move(uses), std::move(recipe)});
              }),
              py::kw_only(), "plan"_a, "make_out"_a, "make_workspace"_a, "enter_bias"_a,
-             "add_bias"_a, "plan_reads_bias"_a, "uses"_a);
+             "add_bias"_a, "plan_reads_bias"_a, "uses"_a, "recipe"_a)
+        .def_readonly("recipe", &ReadyCall::recipe);
     py::class_<ReadyCalls>(m, "ReadyCalls")
         .def(py::init<const py::capsule&, py::tuple, py::object>(), "exchange"_a, "types"_a,
              "current_device"_a)
         .def("run", &ReadyCalls::run, "y"_a, "w"_a, "bias"_a, "state"_a)
-        .def("put", &ReadyCalls::put, "y"_a, "w"_a, "bias"_a, "state"_a, "call"_a, "kept"_a)
+        .def("find", &ReadyCalls::find, "y"_a, "w"_a, "bias"_a, "state"_a)
+        .def("execute", &ReadyCalls::execute, "call"_a, "y"_a, "w"_a, "bias"_a)
+        .def("put", &ReadyCalls::put, "y"_a, "w"_a, "bias"_a, "state"_a, "call"_a)
         .def("clear", &ReadyCalls::clear)
         .def_property_readonly("size", &ReadyCalls::size)
         .def_property_readonly("hits", &ReadyCalls::hits);

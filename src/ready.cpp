@@ -23,6 +23,18 @@ bool no() {
     return false;
 }
 
+// Whether two tuples hold the same types: to ==, 1 is also 1.0 and True.
+bool same_types(PyObject* left, PyObject* right) {
+    if (Py_TYPE(left) != Py_TYPE(right)) return false;
+    if (!PyTuple_CheckExact(left)) return true;
+    const Py_ssize_t size = PyTuple_GET_SIZE(left);
+    if (size != PyTuple_GET_SIZE(right)) return false;
+    for (Py_ssize_t i = 0; i < size; ++i) {
+        if (!same_types(PyTuple_GET_ITEM(left, i), PyTuple_GET_ITEM(right, i))) return false;
+    }
+    return true;
+}
+
 void* storage_address(const py::object& storage) {
     return PyLong_AsVoidPtr(storage.attr("data_ptr")().ptr());
 }
@@ -44,7 +56,8 @@ ReadyCalls::ReadyCalls(const py::capsule& exchange, py::tuple types, py::object 
 bool ReadyCalls::Key::operator==(const Key& other) const {
     if (count != other.count || state_hash != other.state_hash ||
         !std::equal(facts.begin(), facts.begin() + static_cast<std::ptrdiff_t>(count),
-                    other.facts.begin())) {
+                    other.facts.begin()) ||
+        !same_types(state.ptr(), other.state.ptr())) {
         return false;
     }
     const int equal = PyObject_RichCompareBool(state.ptr(), other.state.ptr(), Py_EQ);
@@ -60,114 +73,107 @@ std::size_t ReadyCalls::Hash::operator()(const Key& key) const noexcept {
     return static_cast<std::size_t>(hash);
 }
 
-bool ReadyCalls::read(const py::object& object, dlpack::Tensor* tensor, Key* key) const {
-    const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-    const auto begin = PySequence_Fast_ITEMS(types_.ptr());
-    if (std::find(begin, begin + PyTuple_GET_SIZE(types_.ptr()), type) ==
-        begin + PyTuple_GET_SIZE(types_.ptr())) {
-        return false;
+dlpack::Tensor ReadyCalls::read(const py::object& tensor) const {
+    dlpack::Tensor found{};
+    if (exchange_->tensor_from_py_object(tensor.ptr(), &found) != 0) {
+        throw py::error_already_set();
     }
-    if (exchange_->tensor_from_py_object(object.ptr(), tensor) != 0) return no();
+    return found;
+}
+
+bool ReadyCalls::add_facts(const py::object& object, Key* key) const {
+    const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+    PyObject** const begin = PySequence_Fast_ITEMS(types_.ptr());
+    PyObject** const end = begin + PyTuple_GET_SIZE(types_.ptr());
+    if (std::find(begin, end, type) == end) return false;
+    dlpack::Tensor tensor{};
+    if (exchange_->tensor_from_py_object(object.ptr(), &tensor) != 0) return no();
     // A negative view shares all that is read here with what it is the negative of.
     if (!object.attr("is_neg")().is(py::bool_(false))) return false;
-    const auto dims = static_cast<std::size_t>(tensor->ndim);
-    if (tensor->device_type != dlpack::cuda || tensor->strides == nullptr || dims > 4 ||
+    const auto dims = static_cast<std::size_t>(tensor.ndim);
+    if (tensor.device_type != dlpack::cuda || tensor.strides == nullptr || dims > 4 ||
         key->count + 2 * dims + 2 > most_facts) {
         return false;
     }
     const auto add = [key](std::int64_t fact) { key->facts[key->count++] = fact; };
-    add(tensor->ndim | tensor->device_id << 8);
-    add(tensor->type_code | tensor->type_bits << 8 |
-        (reinterpret_cast<std::uintptr_t>(address(*tensor)) % alignment == 0) << 16);
+    add(tensor.ndim | tensor.device_id << 8);
+    add(tensor.type_code | tensor.type_bits << 8 |
+        (reinterpret_cast<std::uintptr_t>(address(tensor)) % alignment == 0) << 16);
     for (std::size_t i = 0; i < dims; ++i) {
-        add(tensor->shape[i]);
-        add(tensor->strides[i]);
+        add(tensor.shape[i]);
+        add(tensor.strides[i]);
     }
     return true;
 }
 
-bool ReadyCalls::read_all(const py::object& y, const py::object& w, const py::object& bias,
-                          Tensors* tensors, Key* key) const {
+bool ReadyCalls::make_key(const py::object& y, const py::object& w, const py::object& bias,
+                          const py::tuple& state, Key* key) const {
     const std::hash<std::thread::id> thread;
     key->facts[key->count++] = static_cast<std::int64_t>(thread(std::this_thread::get_id()));
-    return read(y, &tensors->y, key) && read(w, &tensors->w, key) &&
-           (bias.is_none() || read(bias, &tensors->bias, key));
+    key->state_hash = PyObject_Hash(state.ptr());
+    if (key->state_hash == -1) return no();
+    key->state = state;
+    return add_facts(y, key) && add_facts(w, key) && (bias.is_none() || add_facts(bias, key));
+}
+
+std::shared_ptr<ReadyCall> ReadyCalls::find(const py::object& y, const py::object& w,
+                                            const py::object& bias, const py::tuple& state) {
+    Key key;
+    if (!make_key(y, w, bias, state, &key)) return nullptr;
+    const auto found = entries_.find(key);
+    if (found == entries_.end()) return nullptr;
+    ++hits_;
+    return found->second;
 }
 
 py::object ReadyCalls::run(const py::object& y, const py::object& w, const py::object& bias,
                            const py::tuple& state) {
-    Tensors tensors{};
-    Key key;
-    key.state_hash = PyObject_Hash(state.ptr());
-    if (key.state_hash == -1 || !read_all(y, w, bias, &tensors, &key)) {
-        no();
-        return py::none();
-    }
-    key.state = state;
-    const auto found = entries_.find(key);
-    if (found == entries_.end()) return py::none();
-    const std::shared_ptr<ReadyCall> call = found->second.call;  // the entry may go while it runs
-    const std::int32_t device = tensors.y.device_id;
-    void* stream = nullptr;
-    if (current_device_().cast<std::int32_t>() != device ||
-        exchange_->current_work_stream(dlpack::cuda, device, &stream) != 0) {
-        no();
-        return py::none();
-    }
-    py::object out;
+    // Owned here: the entry may go while it runs.
+    const std::shared_ptr<ReadyCall> call = find(y, w, bias, state);
+    if (call == nullptr) return py::none();
+    return execute(*call, y, w, bias);
+}
+
+py::object ReadyCalls::execute(const ReadyCall& call, const py::object& y, const py::object& w,
+                               const py::object& bias) {
     try {
-        out = call->make_out();
-        dlpack::Tensor result{};
-        if (exchange_->tensor_from_py_object(out.ptr(), &result) != 0) {
+        const dlpack::Tensor from = read(y);
+        void* stream = nullptr;
+        if (current_device_().cast<std::int32_t>() != from.device_id) return py::none();
+        if (exchange_->current_work_stream(dlpack::cuda, from.device_id, &stream) != 0) {
             throw py::error_already_set();
         }
+        py::object out = call.make_out(y);
         const py::object workspace =
-            call->make_workspace.is_none() ? py::none() : call->make_workspace();
+            call.make_workspace.is_none() ? py::none() : call.make_workspace();
         void* const scratch = workspace.is_none() ? nullptr : storage_address(workspace);
-        py::object entered = bias;
-        Pointers pointers{address(result), address(tensors.w), address(tensors.y), nullptr};
-        if (call->plan_reads_bias) {
-            pointers.bias = address(tensors.bias);
-            if (!call->enter_bias.is_none()) {
-                entered = call->enter_bias(bias);
-                dlpack::Tensor rows{};
-                if (exchange_->tensor_from_py_object(entered.ptr(), &rows) != 0) {
-                    throw py::error_already_set();
-                }
-                pointers.bias = address(rows);
-            }
-        }
+        Pointers pointers{address(read(out)), address(read(w)), address(from), nullptr};
+        const py::object entered = call.enter_bias.is_none() ? bias : call.enter_bias(bias);
+        if (call.plan_reads_bias) pointers.bias = address(read(entered));
         {
             const py::gil_scoped_release released;
-            call->plan->execute(pointers, scratch, static_cast<cudaStream_t>(stream));
+            call.plan->execute(pointers, scratch, static_cast<cudaStream_t>(stream));
         }
-        if (!call->add_bias.is_none()) call->add_bias(out, bias);
-    } catch (const std::exception&) {  // Python runs it again, and tells what is wrong
-        entries_.erase(key);
+        if (!call.add_bias.is_none()) call.add_bias(out, bias);
+        ++call.uses->count;
+        return out;
+    } catch (const std::exception&) {
+        clear();  // Python runs it again, and tells what is wrong
         return py::none();
     }
-    ++call->uses->count;
-    ++hits_;
-    return out;
 }
 
 void ReadyCalls::put(const py::object& y, const py::object& w, const py::object& bias,
-                     const py::tuple& state, std::shared_ptr<ReadyCall> call, py::object kept) {
-    Tensors tensors{};
+                     const py::tuple& state, std::shared_ptr<ReadyCall> call) {
     Key key;
-    key.state_hash = PyObject_Hash(state.ptr());
-    if (key.state_hash == -1 || !read_all(y, w, bias, &tensors, &key)) {
-        no();
-        return;
+    if (make_key(y, w, bias, state, &key)) {
+        entries_.insert_or_assign(std::move(key), std::move(call));
     }
-    key.state = state;
-    entries_.insert_or_assign(std::move(key), Entry{std::move(call), std::move(kept)});
 }
 
 void ReadyCalls::clear() {
-    hits_ = 0;
     // Destroyed at the end, as what goes may call back.
-    std::unordered_map<Key, Entry, Hash> entries;
+    decltype(entries_) entries;
     entries.swap(entries_);
 }
 

@@ -23,15 +23,16 @@ struct UseCount {
     std::uint64_t count = 0;
 };
 
-// Callables are Python's, of no arguments unless said otherwise; None where there is nothing to do.
+// Callables are Python's; None where there is nothing to do.
 struct ReadyCall {
     std::shared_ptr<Plan> plan;
-    pybind11::object make_out;
-    pybind11::object make_workspace;  // a storage
+    pybind11::object make_out;        // of y: the tensor for the result
+    pybind11::object make_workspace;  // of nothing: a storage
     pybind11::object enter_bias;      // of the bias: the one that the plan reads
     pybind11::object add_bias;        // of the result and the bias
     bool plan_reads_bias;
     std::shared_ptr<UseCount> uses;
+    pybind11::object recipe;  // what Python needs of it; lives as long
 };
 
 // Not thread-safe: the GIL guards it, and a plan is found by the thread that made it only.
@@ -47,11 +48,18 @@ class ReadyCalls {
     pybind11::object run(const pybind11::object& y, const pybind11::object& w,
                          const pybind11::object& bias, const pybind11::tuple& state);
 
-    // `kept` lives as long as the entry.
-    void put(const pybind11::object& y, const pybind11::object& w, const pybind11::object& bias,
-             const pybind11::tuple& state, std::shared_ptr<ReadyCall> call, pybind11::object kept);
+    // The call that run() would make, or null.
+    std::shared_ptr<ReadyCall> find(const pybind11::object& y, const pybind11::object& w,
+                                    const pybind11::object& bias, const pybind11::tuple& state);
 
-    void clear();
+    // What run() does with a call that was found for these very tensors; None if it fails.
+    pybind11::object execute(const ReadyCall& call, const pybind11::object& y,
+                             const pybind11::object& w, const pybind11::object& bias);
+
+    void put(const pybind11::object& y, const pybind11::object& w, const pybind11::object& bias,
+             const pybind11::tuple& state, std::shared_ptr<ReadyCall> call);
+
+    void clear();  // the hits stay
     [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
     [[nodiscard]] std::uint64_t hits() const noexcept { return hits_; }
 
@@ -70,24 +78,16 @@ class ReadyCalls {
     struct Hash {
         std::size_t operator()(const Key& key) const noexcept;
     };
-    struct Entry {
-        std::shared_ptr<ReadyCall> call;
-        pybind11::object kept;
-    };
-    struct Tensors {
-        dlpack::Tensor y;
-        dlpack::Tensor w;
-        dlpack::Tensor bias;
-    };
 
-    bool read(const pybind11::object& object, dlpack::Tensor* tensor, Key* key) const;
-    bool read_all(const pybind11::object& y, const pybind11::object& w,
-                  const pybind11::object& bias, Tensors* tensors, Key* key) const;
+    bool add_facts(const pybind11::object& object, Key* key) const;
+    bool make_key(const pybind11::object& y, const pybind11::object& w,
+                  const pybind11::object& bias, const pybind11::tuple& state, Key* key) const;
+    [[nodiscard]] dlpack::Tensor read(const pybind11::object& tensor) const;
 
     const dlpack::Exchange* exchange_;
     pybind11::tuple types_;
     pybind11::object current_device_;
-    std::unordered_map<Key, Entry, Hash> entries_;
+    std::unordered_map<Key, std::shared_ptr<ReadyCall>, Hash> entries_;
     std::uint64_t hits_ = 0;
 };
 

@@ -22,6 +22,7 @@ from dgrad.selection import Candidate
 from fake_cudnn import (
     BIAS,
     MIB,
+    VALUE,
     FakeCore,
     FakeEngine,
     FakeProblem,
@@ -30,8 +31,8 @@ from fake_cudnn import (
     W,
     X,
     Y,
+    compute,
     fake_times,
-    floats_at,
     names,
     refused,
     run,
@@ -53,29 +54,6 @@ def batch(images: int, layout: str = "nchw") -> tuple[FakeProblem, Tensor]:
     """A problem of so many images, and its x."""
     problem = replace(BIASED, x=(images, 2, 7, 7), y=(images, 4, 3, 3), layout=layout)
     return problem, torch.empty(problem.x).contiguous(memory_format=LAYOUTS[layout])
-
-
-VALUE = 3.0  # what every convolution gives
-
-
-def compute(core: FakeCore, x: Tensor) -> list[list[float]]:
-    """Let plans do to x what their names say; the list gets the bias values that each reads."""
-    read: list[list[float]] = []
-
-    def on_run(name: str, x_address: int, bias_address: int) -> None:
-        assert x_address == x.data_ptr()
-        x.fill_(VALUE)
-        values: list[float] = []
-        if "bias_rows" in name:  # a value for each channel of each image
-            values = floats_at(bias_address, 2 * len(x))
-            x.add_(torch.tensor(values).view(len(x), 2, 1, 1))
-        elif "bias" in name:
-            values = floats_at(bias_address, 2)
-            x.add_(torch.tensor(values).view(1, 2, 1, 1))
-        read.append(values)
-
-    core.on_run = on_run
-    return read
 
 
 def biased(x: Tensor, bias: Tensor = BIAS) -> Tensor:

@@ -332,7 +332,9 @@ def test_a_layers_flags_lie_over_the_processs() -> None:
 
 
 def test_a_bad_algorithm_is_told_the_providers() -> None:
-    with pytest.raises(ValueError, match=r"such as 'legacy:ALGO_1', a provider \(graph or legacy\)"):
+    with pytest.raises(
+        ValueError, match=r"such as 'legacy:ALGO_1', a provider \(graph or legacy\)"
+    ):
         dgrad.set_flags(algorithm="eng5")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import dgrad
-from dgrad import planner, store
+from dgrad import _runner, store
 from dgrad.cli import main
 from dgrad.measure import measure
 from pretended import LAYER, LAYERS, MODEL, problem, told
@@ -39,7 +39,7 @@ def _measurings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(1)
         real(*arguments)
 
-    monkeypatch.setattr(planner, "measure", counted)
+    monkeypatch.setattr(_runner, "measure", counted)
     return found
 
 
@@ -50,7 +50,8 @@ def test_explain_chooses_one_candidate(capsys: pytest.CaptureFixture[str]) -> No
     tables = out.split("\n\n")
     assert len(tables) == 3
     for direction, table in zip(("dgrad", "fprop", "wgrad"), tables, strict=True):
-        assert table.startswith(f"{direction} float32/tf32 nchw x=2x6x")
+        name = direction.replace("dgrad", "dgrad+bias")
+        assert table.startswith(f"{name} float32/tf32 nchw x=2x6x")
         chosen = [line for line in table.splitlines() if line.rstrip().endswith(" chosen")]
         assert len(chosen) == 1
         assert " ms " in chosen[0]
@@ -154,7 +155,7 @@ dgrad.conv_transpose2d(flat[1:].view(2, 8, 9, 9), w.detach(), stride=3)
     records = [json.loads(line) for line in log_file.read_text().splitlines()]
     assert len(records) == 5
     assert [_schema_errors(entry) for entry in records] == [[]] * 5
-    assert [entry["problem"]["alignment"] for entry in records] == [16, 16, 16, 16, 4]
+    assert [entry["problem"]["alignment"] for entry in records] == [16] * 5
 
     monkeypatch.delenv("DGRAD_LOG_FILE")
     assert main(["tune", str(log_file), "--json"]) == 0

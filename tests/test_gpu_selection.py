@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dgrad
-from dgrad import planner
+from dgrad import _runner
 from dgrad.measure import measure
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store")]
@@ -102,7 +102,7 @@ def test_the_workspaces_that_were_tried_are_given_back() -> None:
     x, w = tensors((16, 64, 128, 128), (64, 64, 3, 5))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    with dgrad.flags(selection="exhaustive"):
+    with dgrad.flags(selection="exhaustive", algorithm="legacy"):
         y = dgrad.conv_transpose2d(x, w)
     selection = only_selection()
     tried = max(c.workspace_bytes for c in selection.candidates if c.time_ms is not None)
@@ -120,7 +120,7 @@ def test_two_threads_that_meet_the_same_problem_measure_it_once(
         calls.append(1)
         measure(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(planner, "measure", counted)
+    monkeypatch.setattr(_runner, "measure", counted)
     x, w = tensors()
     expected = F.conv_transpose2d(x.double(), w.double())
     torch.cuda.synchronize()
@@ -148,7 +148,7 @@ def test_another_limit_determinism_or_precision_needs_no_new_measuring(
     x, w = tensors((8, 64, 128, 128), (64, 64, 3, 3))
     with dgrad.flags(selection="exhaustive"):
         dgrad.conv_transpose2d(x, w)
-        monkeypatch.setattr(planner, "measure", lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(_runner, "measure", lambda *_: pytest.fail("measured again"))
         with dgrad.flags(deterministic=True):
             dgrad.conv_transpose2d(x, w)
         with dgrad.flags(workspace_limit=0):
@@ -213,10 +213,10 @@ def test_strict_float32_never_runs_tf32(selection: str) -> None:
 # differ in their batch alone, so that most of their kernels are loaded by the one before them.
 FIRST_CALLS = """
 import json, statistics, time, torch, dgrad
-from dgrad import planner
+from dgrad import _runner
 measured = []
-measure = planner.measure
-planner.measure = lambda *a: (measured.append(1), measure(*a))
+measure = _runner.measure
+_runner.measure = lambda *a: (measured.append(1), measure(*a))
 
 def layer(n):
     return [torch.randn(shape, device="cuda", requires_grad=True)
@@ -331,8 +331,8 @@ def test_a_capture_measures_nothing_and_names_warm_up(
     torch.cuda.synchronize()
     x, w = tensors()
     caplog.set_level(logging.INFO, "dgrad")
-    real = planner.measure
-    monkeypatch.setattr(planner, "measure", lambda *_: pytest.fail("measured in a capture"))
+    real = _runner.measure
+    monkeypatch.setattr(_runner, "measure", lambda *_: pytest.fail("measured in a capture"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = dgrad.conv_transpose2d(x, w)
@@ -341,7 +341,7 @@ def test_a_capture_measures_nothing_and_names_warm_up(
     graph.replay()
     assert relative_error(y, F.conv_transpose2d(x.double(), w.double())) < 2e-3
     # After the capture the problem is measured like any other.
-    monkeypatch.setattr(planner, "measure", real)
+    monkeypatch.setattr(_runner, "measure", real)
     dgrad.conv_transpose2d(x, w)
     assert dgrad.selections()[-1][0].source == "measured"
 

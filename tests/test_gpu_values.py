@@ -282,6 +282,50 @@ def test_a_bad_pixel_reaches_all_its_outputs_and_no_other_image(
     assert output[2].isfinite().all()
 
 
+# Where FFT is the fastest that cuDNN has, or strided kernels read neighbours times zero.
+SPREADING = [
+    Case(4, 32, 32, (48, 48), (7, 7), padding=(3, 3), bias=False),
+    Case(2, 16, 16, (32, 32), (5, 5), padding=(2, 2), bias=False),
+    Case(16, 64, 32, (16, 16), (4, 4), (2, 2), (1, 1), bias=False),
+    Case(2, 56, 1, (20, 32), (9, 9), (4, 4), (4, 4), (3, 3), bias=False),
+]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float32", "float16"])
+@pytest.mark.parametrize("layout", BOTH_LAYOUTS)
+@pytest.mark.parametrize("case", SPREADING, ids=lambda case: str(case.kernel))
+def test_nan_flows_as_in_pytorch_whatever_is_selected(
+    case: Case, layout: str, precision: str
+) -> None:
+    case = replace(case, layout=layout, precision=precision)
+    given = arguments(case)
+    middle = tuple(size // 2 for size in given.input.shape)
+    with torch.no_grad():
+        given.input[middle] = _NAN
+    reached = expected(case, given)["output"].value.isnan()
+
+    def nan(function: Callable[..., Tensor]) -> Tensor:
+        with torch.no_grad(), strictness(case):
+            return results(function, case, given, grad=False)["output"].isnan().cpu()
+
+    theirs = nan(pytorch)
+    with dgrad.flags(selection="heuristic"):
+        assert torch.equal(nan(dgrad.conv_transpose2d), theirs), "another engine than PyTorch's"
+    with dgrad.flags(selection="exhaustive"):
+        ours = nan(dgrad.conv_transpose2d)
+    assert ours[reached].all()
+    # PyTorch's engines differ in this: some multiply neighbours within a stride by zero.
+    rows, columns = (ours.any(dim) for dim in ((0, 1, 3), (0, 1, 2)))
+    for found, axis in ((rows, 2), (columns, 3)):
+        others = tuple(dim for dim in range(4) if dim != axis)
+        exact = reached.sum(others).nonzero().flatten()
+        spread = found.nonzero().flatten()
+        stride = case.stride[axis - 2]
+        assert spread.min() >= exact.min() - stride
+        assert spread.max() <= exact.max() + stride
+    assert not ours[: middle[0]].any()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_bad_weight_reaches_its_channel_and_no_other_group(precision: str) -> None:
     case = Case(c_in=8, c_out=8, groups=2, bias=False, precision=precision)

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import gc
+import json
 import random
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dgrad
-from dgrad import _candidates, _knowledge, _loader, _runner, config
+from dgrad import _knowledge, _loader, _runner, config
 from dgrad._knowledge import Knowledge, knowledge_of
 from dgrad._runner import Runner
 from dgrad._watch import watching
 from dgrad.selection import Candidate
 from fake_cudnn import (
+    BIAS,
     FakeCore,
     FakeEngine,
     FakePlan,
@@ -31,6 +36,9 @@ from fake_cudnn import (
     W,
     X,
     Y,
+    compute,
+    fake_times,
+    names,
     starting,
 )
 
@@ -235,6 +243,134 @@ def test_one_thread_of_many_is_told_that_something_is_new() -> None:
     assert sorted(told) == [False] * 7 + [True]
 
 
+# --- from the store -----------------------------------------------------------------------------
+
+
+class StoredCore(FakeCore):
+    def Problem(self, **fields: Any) -> Any:
+        return _loader.require().Problem(**fields)
+
+
+@pytest.fixture
+def stored(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> StoredCore:
+    """A store of the test's own, and engines of which some are fast."""
+    properties = SimpleNamespace(name="NVIDIA Pretended 1", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    core = StoredCore(FakeResult("ALGO_1", "FMA_MATH", workspace_bytes=100))
+    core.engines = {
+        "convolution": [FakeEngine("eng1_k2=3"), FakeEngine("eng2", ["NONDETERMINISTIC"])],
+        "convolution_identity": [FakeEngine("eng3")],
+        "convolution_bias": [FakeEngine("eng4")],
+        "bias_rows": [FakeEngine("eng5_k24=4", workspace_bytes=300)],
+    }
+    core.begin(monkeypatch)
+    compute(core, X)
+    return core
+
+
+TIMES: dict[str, float | None] = {
+    "convolution:eng1_k2=3": 5.0,
+    "convolution:eng2": 4.0,
+    "ALGO_1": 6.0,
+    "convolution_identity:eng3": 3.0,
+    "convolution_bias:eng4": 4.5,
+    "convolution:eng1_k2=3 + bias_rows:eng5_k24=4": 4.4,
+    "convolution:eng2 + bias_rows:eng5_k24=4": 3.4,
+}
+
+
+def run_one(bias: bool, **flags: Any) -> dgrad.Selection:
+    """What ran, as explain says it."""
+    policy = config.policy(dgrad.Flags(selection="measure", **flags))
+    with watching() as events:
+        Runner(problem_number(0, tf32=False, bias=bias), policy).run(X, W, Y, BIAS)
+    (selection,) = events
+    assert isinstance(selection, dgrad.Selection)
+    return selection
+
+
+@pytest.mark.parametrize(
+    ("bias", "fastest"),
+    [(False, "convolution_identity:eng3"), (True, "convolution:eng2 + bias_rows:eng5_k24=4")],
+)
+def test_what_was_measured_runs_again_without_measuring(
+    stored: StoredCore, monkeypatch: pytest.MonkeyPatch, bias: bool, fastest: str
+) -> None:
+    measured = fake_times(stored, monkeypatch, TIMES)
+    first = run_one(bias)
+    assert [*chain(*measured)][-1] == fastest
+    measured.clear()
+    stored.planned.clear()
+    dgrad.plan_cache.clear()  # as a new process
+    monkeypatch.setattr(stored, "graph_heuristic", lambda *_: pytest.fail("cuDNN was asked"))
+    monkeypatch.setattr(stored, "legacy_heuristic", lambda *_: pytest.fail("cuDNN was asked"))
+    again = run_one(bias)
+    assert measured == []
+    assert names(stored) == [fastest] * 2
+    assert (first.source, again.source) == ("measured", "stored")
+    assert again.candidates == first.candidates
+    assert again.chosen == first.chosen
+    assert len(stored.planned) == 1 + bias
+    assert run_one(bias, deterministic=True).candidate.deterministic
+    assert measured == []
+
+
+def entry_of(root: Path) -> tuple[Path, Any]:
+    (file,) = root.rglob("*.json")
+    return file, json.loads(file.read_text())
+
+
+def test_a_stored_engine_that_says_otherwise_of_itself_does_not_run(
+    stored: StoredCore, own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_times(stored, monkeypatch, TIMES)
+    run_one(False)
+    file, entry = entry_of(own_store)
+    for candidate in entry["candidates"]:  # what a file may say of an engine that rounds to tf32
+        if candidate["algorithm"] == "eng1_k2=3":
+            candidate["time_ms"] = 0.001
+    file.write_text(json.dumps(entry))
+    stored.engines["convolution"] = [FakeEngine("eng1_k2=3", ["TENSOR_CORE"]), FakeEngine("eng2")]
+    dgrad.plan_cache.clear()
+    selection = run_one(False)
+    assert names(stored) == ["convolution_identity:eng3"] * 2
+    verdicts = {
+        c.algorithm: v for c, v in zip(selection.candidates, selection.verdicts(), strict=True)
+    }
+    assert verdicts["eng1_k2=3"].startswith("rejected: it may round float32 to tf32")
+    assert selection.source == "stored"
+
+
+@pytest.mark.parametrize("field", ["algorithm", "bias"])
+def test_a_stored_engine_that_cudnn_does_not_know_does_not_run(
+    stored: StoredCore, own_store: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    fake_times(stored, monkeypatch, TIMES)
+    fastest = run_one(True).chosen
+    file, entry = entry_of(own_store)
+    entry["candidates"][fastest][field] = "eng999_k1=2"
+    file.write_text(json.dumps(entry))
+    dgrad.plan_cache.clear()
+    selection = run_one(True)
+    assert selection.source == "stored"
+    assert names(stored)[1] == "convolution:eng2"  # the next best
+    assert "expected a name such as" in selection.verdicts()[fastest]
+
+
+def test_an_entry_of_the_first_format_is_not_read(
+    stored: StoredCore, own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = fake_times(stored, monkeypatch, TIMES)
+    run_one(False)
+    (folder,) = own_store.iterdir()
+    assert folder.name.endswith("_v2")
+    folder.rename(folder.with_name(folder.name[:-1] + "1"))
+    dgrad.plan_cache.clear()
+    assert run_one(False).source == "measured"
+    assert len(measured) == 2
+    assert len(dgrad.store.list()) == 1
+
+
 # --- memory -------------------------------------------------------------------------------------
 
 NATIVE_BYTES = 256  # of a problem, which tracemalloc does not see: sizeof is about 230
@@ -255,6 +391,11 @@ def problem_number(number: int, **changes: Any) -> Any:
     return core.Problem(**(fields | changes))
 
 
+def engine_name(choose: random.Random) -> str:
+    knobs = sorted(choose.sample(range(2, 40), 3))
+    return f"eng{choose.randrange(80)}" + "".join(f"_k{k}={choose.randrange(12)}" for k in knobs)
+
+
 class CrowdedCore(FakeCore):
     """60 candidates for each problem: 40 engines, 8 that are compiled, 12 legacy algorithms."""
 
@@ -270,16 +411,12 @@ class CrowdedCore(FakeCore):
 
     def graph_heuristic(self, problem: Any, operation: str) -> list[FakeEngine]:
         count = {"convolution": 40, "convolution_identity": 8}[operation]
-        number = self.random.randrange
-        names = {}
+        names: set[str] = set()
         while len(names) < count:
-            knobs = sorted(self.random.sample(range(2, 40), 3))
-            name = f"eng{number(80)}" + "".join(f"_k{knob}={number(12)}" for knob in knobs)
-            names[name] = FakeEngine(name, self.NOTES[number(4)])
-        return [*names.values()]
+            names.add(engine_name(self.random))
+        return [FakeEngine(name, self.random.choice(self.NOTES)) for name in sorted(names)]
 
     def legacy_heuristic(self, problem: Any) -> list[FakeResult]:
-        size = self.random.randrange
         return [
             FakeResult(name, math_type, rejected="CUDNN_STATUS_NOT_SUPPORTED" if i == 4 else "")
             for math_type in ("TENSOR_OP_MATH", "FMA_MATH")
@@ -287,17 +424,14 @@ class CrowdedCore(FakeCore):
         ]
 
     def graph_plan(self, problem: Any, operation: str, engine: str) -> Any:
-        return self.plan()
+        return self.legacy_plan(problem, engine, "")
 
     def legacy_plan(self, problem: Any, algorithm: str, math_type: str) -> Any:
-        return self.plan()
-
-    def plan(self) -> Any:
         return FakePlan(self, "", self.random.randrange(1, 2**30))
 
 
 @pytest.fixture
-def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[CrowdedCore]:
     """Each new problem has 60 candidates, and all that may run get times of their own."""
     core = CrowdedCore()
     core.begin(monkeypatch)
@@ -307,18 +441,20 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             contestant.prepare()
             contestant.reached = True
             contestant.samples_ms = [core.random.uniform(0.01, 10)]
-        core.attempts.clear()
-        core.ran.clear()
 
     monkeypatch.setattr(_runner, "measure", measure)
     dgrad.plan_cache.clear()
-    yield
+    yield core
     dgrad.plan_cache.clear()
 
 
-def grown(run: Callable[[int], None], count: int) -> float:
-    """By how many bytes of Python's memory each of many runs makes the process larger."""
-    run(count)
+def grown(run: Callable[[int], None], count: int, unseen: int = 1) -> float:
+    """By how many bytes of Python's memory each of many runs makes the process larger.
+
+    So many before are not looked at: being looked at takes five times as long.
+    """
+    for number in range(unseen):
+        run(count + number)
     gc.collect()
     tracemalloc.start()
     try:
@@ -332,23 +468,84 @@ def grown(run: Callable[[int], None], count: int) -> float:
     return (after - before) / count
 
 
-def run_problem(problem: Any, **flags: Any) -> None:
-    # The runner, as a plan in plan_cache, is bounded on its own.
-    policy = config.policy(dgrad.Flags(**{"selection": "measure", "deterministic": True} | flags))
+def run_problem(core: FakeCore, problem: Any) -> None:
+    # The runner, as a plan in plan_cache, is bounded on its own; so is what the fake notes.
+    policy = config.policy(dgrad.Flags(selection="measure", deterministic=True))
     Runner(problem, policy).run(X, W, Y)
+    core.attempts.clear()
+    core.ran.clear()
 
 
-def assert_remembered(count: int, candidates: int = 60) -> None:
-    found = dgrad.selections()
-    assert len(found) == count
-    assert {len(selection.candidates) for selection, _ in found} == {candidates}
-    timed = [c.time_ms for c in found[-1][0].candidates if c.time_ms is not None]
-    assert len(timed) == len(set(timed)) > 20
-    sizes = [c.workspace_bytes for c in found[-1][0].candidates if c.workspace_bytes]
-    assert len(sizes) == len(set(sizes)) > 20
+def assert_remembered(count: int) -> None:
+    """So many problems, each with 60 candidates, of which many have numbers of their own."""
+    remembered = _knowledge.everything()
+    assert len(remembered) == count
+    for knowledge in (remembered[0], remembered[count // 2], remembered[-1]):
+        assert knowledge.uses == 1
+        assert len(knowledge.ran) == 1
+        assert len(knowledge.candidates) == 60
+        times = [c.time_ms for c in knowledge.candidates if c.time_ms is not None]
+        sizes = [c.workspace_bytes for c in knowledge.candidates if c.workspace_bytes]
+        assert len(times) == len(set(times)) > 15
+        assert len(sizes) == len(set(sizes)) > 15
 
 
-def test_a_remembered_problem_takes_less_than_4_kib(crowded: None) -> None:
-    size = grown(lambda number: run_problem(problem_number(number)), 10_000)
+def test_a_remembered_problem_takes_less_than_4_kib(
+    crowded: CrowdedCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = crowded.random
+    names = [engine_name(choose) for _ in range(5000)]
+
+    def read(problem: Any) -> list[Candidate]:
+        return [
+            Candidate(
+                "graph",
+                name,
+                "TENSOR_OP_MATH",
+                choose.random() < 0.7,
+                choose.randrange(2**30),
+                choose.uniform(0.01, 10),
+                rejected="cudnnBackendFinalize returned 3000" if number % 4 == 3 else None,
+            )
+            for number, name in enumerate(choose.sample(names, 60))
+        ]
+
+    monkeypatch.setattr(_knowledge.store, "read", read)
+    size = grown(lambda number: run_problem(crowded, problem_number(number)), 1000, unseen=9000)
     assert size + NATIVE_BYTES < LIMIT_BYTES
-    assert_remembered(10_001)
+    assert_remembered(10_000)
+
+
+def test_a_problem_that_was_measured_takes_no_more(crowded: CrowdedCore) -> None:
+    size = grown(lambda number: run_problem(crowded, problem_number(number)), 200)
+    assert size + NATIVE_BYTES < LIMIT_BYTES
+    assert_remembered(201)
+
+
+def test_a_problem_that_was_explained_takes_no_more(crowded: CrowdedCore) -> None:
+    def run(number: int) -> None:
+        with watching() as events:
+            run_problem(crowded, problem_number(number))
+        assert len(events) == 1
+
+    assert grown(run, 100) + NATIVE_BYTES < LIMIT_BYTES
+    assert_remembered(101)
+
+
+def test_a_problem_that_lent_its_times_takes_no_more(crowded: CrowdedCore) -> None:
+    def run(number: int) -> None:
+        run_problem(crowded, problem_number(number))
+        run_problem(crowded, problem_number(number, tf32=False))
+
+    assert grown(run, 80) / 2 + NATIVE_BYTES < LIMIT_BYTES
+    assert len(dgrad.selections()) == 162
+
+
+def test_a_problem_that_nothing_could_run_takes_no_more(crowded: CrowdedCore) -> None:
+    policy = config.policy(dgrad.Flags(workspace_limit=0))
+
+    def run(number: int) -> None:
+        with pytest.raises(dgrad.NotSupportedError):
+            Runner(problem_number(number), policy).run(X, W, Y)
+
+    assert grown(run, 100) + NATIVE_BYTES < LIMIT_BYTES

@@ -168,37 +168,46 @@ def test_candidates_of_a_biased_problem_come_back_as_they_were(
     assert warnings_of_store() == []
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "refused",
+    [(), ("convolution_identity", "convolution_bias"), ("bias_rows",), ("legacy",)],
+    ids=str,
+)
 def test_all_that_gather_names_is_stored(
-    monkeypatch: pytest.MonkeyPatch, warnings_of_store: Callable[[], list[str]]
+    refused: tuple[str, ...],
+    bias: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    warnings_of_store: Callable[[], list[str]],
 ) -> None:
-    """Also what stands for a provider that refused."""
-    core = _CORE
-    assert core is not None
+    """Also what stands for the engines or algorithms that cuDNN refused."""
 
-    def refuse(*_: Any) -> Any:
-        raise cudnn_error(3000, "cudnnBackendFinalize returned 3000", "cudnnBackendFinalize", "")
+    def answer(operation: str, names: list[str]) -> list[str]:
+        if operation in refused:
+            raise cudnn_error(
+                3000, "cudnnBackendFinalize returned 3000", "cudnnBackendFinalize", ""
+            )
+        return names
 
     def engines(problem: Any, operation: str) -> list[Any]:
-        if operation in refused:
-            refuse()
         names = {"convolution": ["eng5", "eng0_k2=3"], "bias_rows": ["eng1", "eng2_k24=4"]}
-        return [SimpleNamespace(name=n, notes=["TENSOR_CORE"]) for n in names.get(operation, [])]
+        found = answer(operation, names.get(operation, ["eng7"]))
+        return [SimpleNamespace(name=name, notes=["TENSOR_CORE"]) for name in found]
 
+    core = _CORE
+    assert core is not None
     fake = SimpleNamespace(
         graph_heuristic=engines,
         graph_plan=lambda *_: None,
-        legacy_heuristic=refuse,
+        legacy_heuristic=lambda problem: answer("legacy", []),
         legacy_algorithms=core.legacy_algorithms,
         Problem=core.Problem,
     )
     monkeypatch.setattr(_candidates, "_loader", SimpleNamespace(require=lambda: fake))
-    for bias in (False, True):
-        for refused in ((), ("convolution_identity", "convolution_bias"), ("bias_rows",)):
-            problem = make_problem(bias=bias)
-            found = _candidates.gather(problem)
-            store.write(problem, found)
-            assert store.read(problem) == found
-            store.forget()
+    problem = make_problem(bias=bias)
+    found = _candidates.gather(problem)
+    store.write(problem, found)
+    assert store.read(problem) == found
     assert warnings_of_store() == []
 
 
@@ -753,12 +762,12 @@ def test_the_entry_of_another_problem_under_this_name_is_a_miss(
 ENGINE = ("candidates", 4)
 LONGEST = "eng999999999" + "_k999999999=999999999" * 64
 WRONG_ENGINES = (
-    "", "eng", "eng-5", "eng+5", "eng 5", " eng5", "eng5 ", "eng5\n", "eng5\0", "ENG5", "5", "xeng5",
-    "eng5.0", "eng0x5", "eng1000000000", "eng\u0665", "eng5_k\u0662=3", "eng5_k2=\uff13", "eng5_",
-    "eng5_k2", "eng5_k2=", "eng5_k2=-3", "eng5_k=3", "eng5_k2=3_", "eng5_k2=3,k4=0", "eng5_k2==3",
-    "eng5k2=3", LONGEST + "_k1=1", "+identity", "eng5identity", "eng5+", "eng5+bias",
-    "eng5+identity ", "eng5+identity+identity", "eng5+identityeng5", "+identityeng5", "eng+identity",
-    "engines", "engines+identity",  # stand for a refusal, and may not run
+    "", "eng", "eng-5", "eng+5", "eng 5", " eng5", "eng5 ", "eng5\n", "eng5\0", "ENG5", "5",
+    "xeng5", "eng5.0", "eng0x5", "eng1000000000", "eng\u0665", "eng5_k\u0662=3", "eng5_k2=\uff13",
+    "eng5_", "eng5_k2", "eng5_k2=", "eng5_k2=-3", "eng5_k=3", "eng5_k2=3_", "eng5_k2=3,k4=0",
+    "eng5_k2==3", "eng5k2=3", LONGEST + "_k1=1", "+identity", "eng5identity", "eng5+", "eng5+bias",
+    "eng5+identity ", "eng5+identity+identity", "eng5+identityeng5", "+identityeng5",
+    "eng+identity", "engines", "engines+identity",  # stand for a refusal, and may not run
     "engines5", "ALGO_1", "graph:eng5", "legacy:ALGO_1", "../eng5", "eng5/../eng6", "eng5;eng6",
 )  # fmt: skip
 
@@ -817,8 +826,9 @@ def test_a_bias_in_an_unbiased_problem_is_a_miss(
 
 
 WRONG_BIASES = (
-    None, "", True, 1, ["add"], {"add": 1}, "Add", "add ", "fuse", "fused\n", "none", "eng", "eng-1",
-    "eng\u0661", "eng1_k24", "eng1+identity", "eng1 + add", "engines", "ALGO_1", LONGEST + "_k1=1",
+    None, "", True, 1, ["add"], {"add": 1}, "Add", "add ", "fuse", "fused\n", "none", "eng",
+    "eng-1", "eng\u0661", "eng1_k24", "eng1+identity", "eng1 + add", "engines", "ALGO_1",
+    LONGEST + "_k1=1",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ the place of the result. One rule therefore gives the gradients of all orders.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,60 @@ from . import _fallback
 from ._call import DTYPES, INPUTS, OUTPUT, Call, call_for, memory_format
 from ._geometry import Geometry, Pair, is_channels_last
 from .config import Flags
+from .planner import plan_cache
+
+if TYPE_CHECKING:
+    from ._core import ReadyCall
 
 _MAKES = {slot: direction for direction, slot in OUTPUT.items()}
+
+
+class Recipe(NamedTuple):
+    """All of a direction's call but its tensors, and what of these the gradients need."""
+
+    direction: str
+    geometry: Geometry
+    size: Pair
+    flags: Flags | None
+    call: Call | None
+    sizes: tuple[Pair, Pair]  # spatial, of the inputs
+    memory_format: torch.memory_format
+    a_is_channels_last: bool
+    held: object  # lives as long
+
+
+def recipe(
+    direction: str,
+    a: Tensor,
+    b: Tensor,
+    geometry: Geometry,
+    size: Pair,
+    flags: Flags | None,
+    call: Call | None,
+    held: object = None,
+) -> Recipe:
+    """The recipe of :func:`convolution` with the same arguments."""
+    return Recipe(
+        direction,
+        geometry,
+        size,
+        flags,
+        call,
+        (_spatial(a), _spatial(b)),
+        memory_format(a, b),
+        is_channels_last(a.shape, a.stride()),
+        held,
+    )
+
+
+def _spatial(tensor: Tensor) -> Pair:
+    return tensor.shape[2], tensor.shape[3]
+
+
+def record(a: Tensor, b: Tensor, bias: Tensor | None, made: Recipe, ready: ReadyCall) -> Tensor:
+    """:func:`convolution` of a ready call, for tensors of which one requires a gradient."""
+    result: Tensor = _Convolution.apply(a, b, bias, made, ready)  # type: ignore[no-untyped-call]
+    return result
 
 
 def convolution(
@@ -51,9 +103,8 @@ def convolution(
     if torch.is_grad_enabled() and (
         a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        result: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-            a, b, bias, direction, geometry, size, flags, call
-        )
+        made = recipe(direction, a, b, geometry, size, flags, call)
+        result: Tensor = _Convolution.apply(a, b, bias, made, None)  # type: ignore[no-untyped-call]
         return result
     if call is None:
         reason = _unsuitable(a)
@@ -85,54 +136,52 @@ def _is_batched(tensor: Tensor) -> bool:
 class _Convolution(Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        a: Tensor,
-        b: Tensor,
-        bias: Tensor | None,
-        direction: str,
-        geometry: Geometry,
-        size: Pair,
-        flags: Flags | None,
-        call: Call | None,
+        ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, made: Recipe, ready: ReadyCall | None
     ) -> Tensor:
-        needs_a, needs_b = ctx.needs_input_grad[:2]
+        needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
-        ctx.direction, ctx.geometry, ctx.flags = direction, geometry, flags
-        ctx.sizes = (tuple(a.shape[2:]), tuple(b.shape[2:]))
-        ctx.format = memory_format(a, b)
-        ctx.a_is_channels_last = is_channels_last(a.shape, a.stride())
-        return convolution(direction, a, b, geometry, size, flags, call, bias)
+        ctx.recipe = made
+        if ready is not None and plan_cache.ready is not None:
+            result = plan_cache.ready.execute(ready, a, b, bias)
+            if result is not None:
+                return result
+        return convolution(
+            made.direction, a, b, made.geometry, made.size, made.flags, made.call, bias
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if grad is None:
-            return (None,) * 8
+            return (None,) * 5
+        made: Recipe = ctx.recipe
         a, b = ctx.saved_tensors
         grad = grad.resolve_neg()
         grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        if ctx.direction == "dgrad":
+        if made.direction == "dgrad":
             # PyTorch brings the incoming gradient into the input's layout, and before that the
             # input into the forward's if the weight's gradient needs it: so do the results follow.
-            nhwc = ctx.a_is_channels_last
+            nhwc = made.a_is_channels_last
             if a is not None:
-                a = a.contiguous(memory_format=ctx.format)
+                a = a.contiguous(memory_format=made.memory_format)
                 nhwc = is_channels_last(a.shape, a.stride())
             grad = grad.contiguous(
                 memory_format=torch.channels_last if nhwc else torch.contiguous_format
             )
-        slots = INPUTS[ctx.direction]
-        values = dict(zip(slots, (a, b), strict=True)) | {OUTPUT[ctx.direction]: grad}
+        slots = INPUTS[made.direction]
+        values = dict(zip(slots, (a, b), strict=True)) | {OUTPUT[made.direction]: grad}
 
         def gradient(index: int) -> Tensor | None:
             if not (ctx.needs_input_grad[index] and _is_asked(ctx.next_functions[index][0])):
                 return None
             direction = _MAKES[slots[index]]
             first, second = (values[slot] for slot in INPUTS[direction])
-            return convolution(direction, first, second, ctx.geometry, ctx.sizes[index], ctx.flags)
+            return convolution(
+                direction, first, second, made.geometry, made.sizes[index], made.flags
+            )
 
-        return gradient(0), gradient(1), grad_bias, None, None, None, None, None
+        return gradient(0), gradient(1), grad_bias, None, None
 
 
 def _is_asked(node: Any) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from operator import methodcaller
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -86,7 +86,6 @@ class Call:
         "_copies_b",
         "_copies_bias",
         "_device",
-        "_dtype",
         "_format",
         "_may_fall_back",
         "_out_shape",
@@ -111,7 +110,6 @@ class Call:
         self._may_fall_back = policy.fallback == "pytorch" and not config.commands(direction, flags)
         self._reason: str | None = None  # why PyTorch runs it
         self._device: int = a.get_device()
-        self._dtype = a.dtype
         self._format = memory_format(a, b)
         self._copies_a = _needs_copy(a, self._format)
         self._copies_b = _needs_copy(b, self._format)
@@ -174,18 +172,14 @@ class Call:
             log.fallback(self._reason)
         return self(a, b, bias)
 
-    def ready(self) -> ReadyCall | None:
+    def ready(self, recipe: object) -> ReadyCall | None:
         """What native code needs to run dgrad again as it last ran here, if it can."""
         copies = self._copies_a or self._copies_b or self._copies_bias
         if self._single is None or copies or self._reason is not None:
             return None
-        options: dict[str, Any] = (
-            {} if self._format is torch.contiguous_format else {"memory_format": self._format}
-        )
-        device = torch.device("cuda", self._device)
-        return self._single.ready(
-            partial(torch.empty, self._out_shape, dtype=self._dtype, device=device, **options)
-        )
+        out = torch.empty(self._out_shape, device="meta", memory_format=self._format)
+        make_out = methodcaller("new_empty_strided", self._out_shape, out.stride())
+        return self._single.ready(make_out, recipe)
 
     def _run(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         if self._copies_a:
@@ -269,7 +263,7 @@ def call_for(
         size,
         a.data_ptr() & 15,
         b.data_ptr() & 15,
-        None if bias is None else bias.data_ptr() & 15,
+        None if bias is None else (bias.stride(), bias.data_ptr() & 15),
         config.tf32_allowed(flags),
         config.policy(flags),
         threading.get_ident(),

@@ -1,7 +1,7 @@
 """The native module: cuDNN's calls, sizes and device pointers as integers."""
 
-from collections.abc import Callable, Hashable
-from typing import final
+from collections.abc import Callable
+from typing import Any, final
 
 from torch import Tensor, UntypedStorage
 
@@ -82,13 +82,16 @@ class ReadyCall:
         self,
         *,
         plan: Plan,
-        make_out: Callable[[], Tensor],
+        make_out: Callable[[Tensor], Tensor],
         make_workspace: Callable[[], UntypedStorage] | None,
         enter_bias: Callable[[Tensor], Tensor] | None,
         add_bias: Callable[[Tensor, Tensor], object] | None,
         plan_reads_bias: bool,
         uses: UseCount,
+        recipe: object,
     ) -> None: ...
+    @property
+    def recipe(self) -> Any: ...
 
 @final
 class ReadyCalls:
@@ -96,16 +99,16 @@ class ReadyCalls:
         self, exchange: object, types: tuple[type, ...], current_device: Callable[[], int]
     ) -> None: ...
     def run(
-        self, y: object, w: object, bias: object, state: tuple[Hashable, ...]
+        self, y: object, w: object, bias: object, state: tuple[object, ...]
+    ) -> Tensor | None: ...
+    def find(
+        self, y: object, w: object, bias: object, state: tuple[object, ...]
+    ) -> ReadyCall | None: ...
+    def execute(
+        self, call: ReadyCall, y: Tensor, w: Tensor, bias: Tensor | None
     ) -> Tensor | None: ...
     def put(
-        self,
-        y: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        state: tuple[Hashable, ...],
-        call: ReadyCall,
-        kept: object,
+        self, y: Tensor, w: Tensor, bias: Tensor | None, state: tuple[object, ...], call: ReadyCall
     ) -> None: ...
     def clear(self) -> None: ...
     @property

@@ -128,6 +128,7 @@ def _borrowed(problem: Problem, candidates: list[Candidate]) -> Knowledge:
         if known is not None:
             source = known.source
             times = {(c.engine, c.bias): c.time_ms for c in known.candidates}
+            known.pack()
     timed = [
         c if c.rejected else replace(c, time_ms=times.get((c.engine, c.bias))) for c in candidates
     ]

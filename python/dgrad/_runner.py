@@ -55,7 +55,6 @@ class Runner:
     __slots__ = (
         "_announced",
         "_bias",
-        "_by_rows",
         "_device",
         "_index",
         "_knowledge",
@@ -63,6 +62,7 @@ class Runner:
         "_policy",
         "_problem",
         "_provisional",
+        "_repeats",
         "_workspace_bytes",
     )
 
@@ -72,7 +72,8 @@ class Runner:
         self._device = torch.device("cuda", problem.device)
         self._plan: Plan | None = None
         self._provisional = False
-        self._by_rows = pass_operation(problem) == "bias_rows"
+        # How often a pass for the bias wants it repeated: once for each image.
+        self._repeats = problem.x[0] if pass_operation(problem) == "bias_rows" else 1
 
     def run(self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None = None) -> None:
         """Queue the work on the current stream; the problem's device must be current.
@@ -101,6 +102,7 @@ class Runner:
                 self._announce()
             if watchers:
                 note(self.selection())
+                self._knowledge.pack()
             return
 
     def _execute(
@@ -117,8 +119,8 @@ class Runner:
         # A storage and not a tensor, which deterministic algorithms would fill at each call.
         workspace = torch.UntypedStorage(size, device=self._device) if size else None
         rows = bias
-        if bias is not None and how not in (FUSED, ADD) and self._by_rows:
-            rows = bias.repeat(x.shape[0])
+        if bias is not None and how not in (FUSED, ADD) and self._repeats > 1:
+            rows = bias.repeat(self._repeats)
         plan.execute(
             x.data_ptr(),
             w.data_ptr(),
@@ -131,7 +133,7 @@ class Runner:
             assert bias is not None
             _add(x, bias)
 
-    def ready(self, make_out: Callable[[], Tensor]) -> ReadyCall | None:
+    def ready(self, make_out: Callable[[Tensor], Tensor], recipe: object) -> ReadyCall | None:
         """What native code needs to run this as it last ran, or None if that is not settled."""
         if self._plan is None or self._provisional or not self._announced:
             return None
@@ -139,17 +141,18 @@ class Runner:
         if knowledge.ready_uses is None:
             knowledge.ready_uses = core.UseCount()
         by_cudnn = self._problem.bias and self._bias != ADD
-        repeated = by_cudnn and self._bias != FUSED and self._by_rows
+        repeated = by_cudnn and self._bias != FUSED and self._repeats > 1
         call: ReadyCall = core.ReadyCall(
             plan=self._plan,
             make_out=make_out,
             make_workspace=partial(torch.UntypedStorage, size, device=self._device)
             if size
             else None,
-            enter_bias=methodcaller("repeat", self._problem.x[0]) if repeated else None,
+            enter_bias=methodcaller("repeat", self._repeats) if repeated else None,
             add_bias=_add if self._bias == ADD else None,
             plan_reads_bias=by_cudnn,
             uses=knowledge.ready_uses,
+            recipe=recipe,
         )
         return call
 
@@ -314,6 +317,7 @@ class Runner:
         ]
         for index in lacking:  # with nothing else to run, memory is worth another look
             self._knowledge.update(index, rejected=None, out_of_memory=False)
+        self._knowledge.pack()
         out_of_memory = bool(lacking)
         what = "is out of memory for" if out_of_memory else "has no usable candidate for"
         message = (

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from . import _fallback, _loader, config
 from ._arguments import check_sizes, check_tensors
-from ._autograd import convolution
+from ._autograd import convolution, recipe, record
 from ._call import DTYPES, Call
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
 from ._watch import watchers
@@ -84,16 +84,20 @@ def conv_transpose2d(
         return _pytorch(
             flags, reason, input, weight, bias, stride, padding, output_padding, groups, dilation
         )
-    if torch.is_autocast_enabled("cuda"):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cuda"):
         input, weight = _autocast(input), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
-    state = None
-    if not (watchers or _records(input, weight, bias)) and plan_cache.ready is not None:
-        options = stride, padding, output_padding, groups, dilation
-        state = (*options, *map(type, options), *_switches(flags))
-        ready = plan_cache.ready.run(input, weight, bias, state)
-        if ready is not None:
-            return ready
+    ready, state = plan_cache.ready, None
+    if ready is not None and not watchers:
+        state = (stride, padding, output_padding, groups, dilation, *_switches(flags))
+        if not _records(input, weight, bias):
+            result = ready.run(input, weight, bias, state)
+            if result is not None:
+                return result
+        else:
+            call = ready.find(input, weight, bias, state)
+            if call is not None:
+                return record(input, weight, bias, call.recipe, call)
     geometry = Geometry(
         pair(padding, "padding"),
         pair(stride, "stride"),
@@ -122,10 +126,13 @@ def conv_transpose2d(
         )
     x, weight = _enter(input, weight, prepared.appended)
     output = convolution("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, bias)
-    if state is not None and input.dim() == 4 and prepared.appended == (0, 0):
-        call = None if prepared.call is None else prepared.call.ready()
+    if state is not None and prepared.call is not None and x is input:
+        made = recipe(
+            "dgrad", x, weight, geometry, prepared.size, flags, prepared.call, config.current()
+        )
+        call = prepared.call.ready(made)
         if call is not None:
-            plan_cache.keep_ready(input, weight, bias, state, call, (flags, config.current()))
+            plan_cache.keep_ready(input, weight, bias, state, call)
     return output if input.dim() == 4 else output.squeeze(0)
 
 

@@ -94,7 +94,8 @@ def warn_once(about: str, message: str, *arguments: object) -> None:
     mine = object()
     if _warned.setdefault(about, mine) is mine:  # atomic: one thread of several warns
         _configure()
-        logger.warning(message, *arguments)
+        # As text: an exception in a record would keep its frames, and their tensors, alive.
+        logger.warning(message, *map(str, arguments))
 
 
 def rejected(problem: object, candidate: Candidate) -> None:

@@ -6,7 +6,6 @@ thread and device that made it (``_runner.py``).
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,31 +51,27 @@ class PlanCache(BoundedCache[Any, Any]):
         y: Tensor,
         w: Tensor,
         bias: Tensor | None,
-        state: tuple[Hashable, ...],
+        state: tuple[object, ...],
         call: ReadyCall,
-        kept: object,
     ) -> None:
-        """Let native code run a call for such tensors; ``kept`` must outlive the entry."""
+        """Let native code run a call for such tensors while ``state`` is the same."""
         if self.ready is None:
             return
         if self.ready.size >= self.max_size:
-            self._forget_ready()  # all are made again from the entries of this cache
-        self.ready.put(y, w, bias, state, call, kept)
-
-    def _forget_ready(self) -> None:
-        if self._ready is not None:
-            self._hits += self._ready.hits
-            self._ready.clear()
+            self.ready.clear()  # all are made again from the entries of this cache
+        self.ready.put(y, w, bias, state, call)
 
     def _trim(self) -> None:
-        if len(self._entries) > self._max_size:
-            self._forget_ready()
+        if len(self._entries) > self._max_size and self._ready is not None:
+            self._ready.clear()
         super()._trim()
 
     def clear(self) -> None:
         """Forget all plans and all that was learned of their problems; the store stays."""
-        self._forget_ready()
         super().clear()
+        if self._ready is not None:
+            self._ready.clear()
+            self._hits = -self._ready.hits
         forget_all()
 
 

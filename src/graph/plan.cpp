@@ -1,6 +1,8 @@
 #include "graph/plan.hpp"
 
 #include <array>
+#include <optional>
+#include <utility>
 
 #include "error.hpp"
 #include "graph/engines.hpp"
@@ -30,20 +32,33 @@ class GraphPlan final : public Plan {
     void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) override {
         cudnnHandle_t handle = handle_for(device_);
         DGRAD_CUDNN_CHECK(cudnnSetStream(handle, stream));
-        std::array<void*, 4> addresses{};
+        Addresses addresses{};
         for (std::size_t i = 0; i < uids_.size(); ++i) {
             addresses[i] = address(static_cast<Uid>(uids_[i]), pointers);
         }
-        Descriptor pack(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR);
-        pack.set(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, uids_);
-        pack.set_raw(CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR,
-                     static_cast<std::int64_t>(uids_.size()), addresses.data());
-        pack.set_raw(CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &workspace);
-        pack.finalize();
-        DGRAD_CUDNN_CHECK(cudnnBackendExecute(handle, plan_.get(), pack.get()));
+        addresses.back() = workspace;
+        if (!pack_ || addresses != packed_) pack(addresses);
+        DGRAD_CUDNN_CHECK(cudnnBackendExecute(handle, plan_.get(), pack_->get()));
     }
 
   private:
+    // uids_'s pointers in their order, the workspace last.
+    using Addresses = std::array<void*, 5>;
+
+    // A finalized pack cannot be changed. An allocator that caches often gives the same addresses
+    // again, so the last pack is kept.
+    void pack(const Addresses& addresses) {
+        pack_.reset();
+        Descriptor made(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR);
+        made.set(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, uids_);
+        made.set_raw(CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR,
+                     static_cast<std::int64_t>(uids_.size()), addresses.data());
+        made.set_raw(CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &addresses.back());
+        made.finalize();
+        pack_.emplace(std::move(made));
+        packed_ = addresses;
+    }
+
     static void* address(Uid uid, const Pointers& pointers) {
         switch (uid) {
             case Uid::w:
@@ -61,6 +76,8 @@ class GraphPlan final : public Plan {
 
     std::int64_t device_;
     Descriptor plan_;
+    std::optional<Descriptor> pack_;
+    Addresses packed_{};
     std::vector<std::int64_t> uids_;
     std::vector<std::string> notes_;
     std::size_t workspace_bytes_ = 0;
