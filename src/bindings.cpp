@@ -107,7 +107,7 @@ void bind_plan(py::module_& m) {
            std::shared_ptr<dgrad::Plan> second) -> std::shared_ptr<dgrad::Plan> {
             return std::make_shared<dgrad::Sequence>(std::move(first), std::move(second));
         },
-        "first"_a, "second"_a);
+        "first"_a.none(false), "second"_a.none(false));
 }
 
 void bind_legacy(py::module_& m) {
@@ -164,16 +164,16 @@ void bind_ready(py::module_& m) {
         .def_readonly("count", &dgrad::UseCount::count);
     py::class_<ReadyCall, std::shared_ptr<ReadyCall>>(m, "ReadyCall")
         .def(py::init([](std::shared_ptr<dgrad::Plan> plan, py::object make_out,
-                         py::object make_workspace, py::object enter_bias, py::object add_bias,
+                         py::object make_workspace, py::object enter_bias, py::object view_bias,
                          bool plan_reads_bias, std::shared_ptr<dgrad::UseCount> uses,
                          py::object recipe) {
                  return std::make_shared<ReadyCall>(
                      ReadyCall{std::move(plan), std::move(make_out), std::move(make_workspace),
-                               std::move(enter_bias), std::move(add_bias), plan_reads_bias,
-                               std::move(uses), std::move(recipe)});
+                               std::move(enter_bias), std::move(view_bias), plan_reads_bias,
+                               std::move(uses), std::move(recipe), py::none(), nullptr});
              }),
-             py::kw_only(), "plan"_a, "make_out"_a, "make_workspace"_a, "enter_bias"_a,
-             "add_bias"_a, "plan_reads_bias"_a, "uses"_a, "recipe"_a)
+             py::kw_only(), "plan"_a.none(false), "make_out"_a, "make_workspace"_a, "enter_bias"_a,
+             "view_bias"_a, "plan_reads_bias"_a, "uses"_a.none(false), "recipe"_a)
         .def_readonly("recipe", &ReadyCall::recipe);
     py::class_<ReadyCalls>(m, "ReadyCalls")
         .def(py::init<const py::capsule&, py::tuple, py::object>(), "exchange"_a, "types"_a,

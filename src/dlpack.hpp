@@ -1,7 +1,7 @@
 // The part of DLPack's C exchange table that is used here, laid out as DLPack 1.3 fixes it.
 //
-// A framework's tensor type carries it as the capsule __dlpack_c_exchange_api__ (PyTorch since
-// 2.10): pointers, sizes and the stream without PyTorch's library and without Python.
+// A framework's tensor type carries it as the capsule __dlpack_c_exchange_api__ (PyTorch 2.11
+// does, 2.4 does not): pointers, sizes and the stream without PyTorch's library and without Python.
 // https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 

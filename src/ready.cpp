@@ -35,8 +35,34 @@ bool same_types(PyObject* left, PyObject* right) {
     return true;
 }
 
+// A method by an interned name, made once.
+template <typename... Arguments>
+py::object call_method(const py::object& object, const py::str& name,
+                       const Arguments&... arguments) {
+    PyObject* const result =
+        PyObject_CallMethodObjArgs(object.ptr(), name.ptr(), arguments.ptr()..., nullptr);
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+}
+
+const py::str& interned(const char* name) {
+    // Leaked on purpose: nothing of Python may be touched once the interpreter has ended.
+    return *new py::str(py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)));
+}
+
 void* storage_address(const py::object& storage) {
-    return PyLong_AsVoidPtr(storage.attr("data_ptr")().ptr());
+    static const py::str& data_ptr = interned("data_ptr");
+    return PyLong_AsVoidPtr(call_method(storage, data_ptr).ptr());
+}
+
+bool is_negative(const py::object& tensor) {
+    static const py::str& is_neg = interned("is_neg");
+    return !call_method(tensor, is_neg).is(py::bool_(false));
+}
+
+void add_in_place(const py::object& tensor, const py::object& other) {
+    static const py::str& add = interned("add_");
+    call_method(tensor, add, other);
 }
 
 }  // namespace
@@ -89,7 +115,7 @@ bool ReadyCalls::add_facts(const py::object& object, Key* key) const {
     dlpack::Tensor tensor{};
     if (exchange_->tensor_from_py_object(object.ptr(), &tensor) != 0) return no();
     // A negative view shares all that is read here with what it is the negative of.
-    if (!object.attr("is_neg")().is(py::bool_(false))) return false;
+    if (is_negative(object)) return false;
     const auto dims = static_cast<std::size_t>(tensor.ndim);
     if (tensor.device_type != dlpack::cuda || tensor.strides == nullptr || dims > 4 ||
         key->count + 2 * dims + 2 > most_facts) {
@@ -134,7 +160,7 @@ py::object ReadyCalls::run(const py::object& y, const py::object& w, const py::o
     return execute(*call, y, w, bias);
 }
 
-py::object ReadyCalls::execute(const ReadyCall& call, const py::object& y, const py::object& w,
+py::object ReadyCalls::execute(ReadyCall& call, const py::object& y, const py::object& w,
                                const py::object& bias) {
     try {
         const dlpack::Tensor from = read(y);
@@ -154,7 +180,14 @@ py::object ReadyCalls::execute(const ReadyCall& call, const py::object& y, const
             const py::gil_scoped_release released;
             call.plan->execute(pointers, scratch, static_cast<cudaStream_t>(stream));
         }
-        if (!call.add_bias.is_none()) call.add_bias(out, bias);
+        if (!call.view_bias.is_none()) {
+            const void* const at = address(read(bias));
+            if (at != call.viewed_address) {
+                call.viewed = call.view_bias(bias);
+                call.viewed_address = at;
+            }
+            add_in_place(out, call.viewed);
+        }
         ++call.uses->count;
         return out;
     } catch (const std::exception&) {

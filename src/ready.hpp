@@ -29,10 +29,14 @@ struct ReadyCall {
     pybind11::object make_out;        // of y: the tensor for the result
     pybind11::object make_workspace;  // of nothing: a storage
     pybind11::object enter_bias;      // of the bias: the one that the plan reads
-    pybind11::object add_bias;        // of the result and the bias
+    pybind11::object view_bias;       // of the bias: what PyTorch is to add to the result
     bool plan_reads_bias;
     std::shared_ptr<UseCount> uses;
     pybind11::object recipe;  // what Python needs of it; lives as long
+
+    // The last view and the address of its bias. It keeps the memory, so the address is its own.
+    pybind11::object viewed;
+    const void* viewed_address = nullptr;
 };
 
 // Not thread-safe: the GIL guards it, and a plan is found by the thread that made it only.
@@ -53,8 +57,8 @@ class ReadyCalls {
                                     const pybind11::object& bias, const pybind11::tuple& state);
 
     // What run() does with a call that was found for these very tensors; None if it fails.
-    pybind11::object execute(const ReadyCall& call, const pybind11::object& y,
-                             const pybind11::object& w, const pybind11::object& bias);
+    pybind11::object execute(ReadyCall& call, const pybind11::object& y, const pybind11::object& w,
+                             const pybind11::object& bias);
 
     void put(const pybind11::object& y, const pybind11::object& w, const pybind11::object& bias,
              const pybind11::tuple& state, std::shared_ptr<ReadyCall> call);

@@ -70,9 +70,33 @@ def host_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def bench_table(record: dict[str, Any]) -> str:
+    """The groups of a bench, and its best and worst cases."""
+    summary = record["summary"]
+    lines = [
+        "| dtype, layout | layers | slower than 0.97 | geometric mean | smallest |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [(f"{g['dtype']} {g['layout']}", g) for g in summary["groups"]]
+    lines += [
+        f"| {name} | {g['cases']} | {g['slower']} | {g['geomean_ratio']:.2f} | "
+        f"{g['min_ratio']:.2f} |"
+        for name, g in [*rows, ("all", summary)]
+    ]
+    for which in ("best", "worst"):
+        named = ", ".join(f"{each['case']} {each['ratio']:.2f}" for each in summary[which])
+        lines.append(f"\nThe ten {which}: {named}.")
+    return "\n".join(lines)
+
+
 def updated(readme: str) -> str:
     """The README's text with every marked part made again."""
-    for kind, make in (("table", table), ("log", log_line), ("host", host_table)):
+    for kind, make in (
+        ("table", table),
+        ("bench", bench_table),
+        ("log", log_line),
+        ("host", host_table),
+    ):
         pattern = rf"(<!-- {kind}: (\S+) -->\n).*?(<!-- end -->)"
 
         def replacement(match: re.Match[str], make: Any = make) -> str:

@@ -80,6 +80,7 @@ def test_a_fused_bias_is_the_engines_alone(start: Start, layout: str, images: in
     measured(problem).run(x, W, Y, BIAS)
     assert names(core) == ["convolution_bias:eng30"]
     assert read == [BIAS.tolist()]
+    assert core.ran[0][4] == BIAS.data_ptr()
     assert torch.equal(x, biased(x))
 
 
@@ -316,6 +317,28 @@ def test_a_forced_convolution_still_gets_its_bias(
     run(BIASED, BIAS, selection="measure")
     run(BIASED, BIAS, selection="measure", algorithm=way)
     assert names(core)[2] == after
+
+
+def test_forbidding_tf32_needs_no_new_measuring_of_a_biased_problem(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = all_ways(start)
+    core.engines["convolution"] = [FakeEngine("eng1"), FakeEngine("eng2", ["TENSOR_CORE"])]
+    measured = fake_times(core, monkeypatch, TIMES)
+    run(replace(BIASED, tf32=True), BIAS, selection="measure")
+    assert names(core) == ["convolution:eng2 + bias_rows:eng51"]
+    measured.clear()
+    run(BIASED, BIAS, selection="measure")
+    assert measured == []
+    assert names(core)[1] == "convolution_bias:eng30"
+    times = {str(c): c.time_ms for c in dgrad.selections()[1][0].candidates if not c.rejected}
+    assert times == {
+        "graph:eng1 (FMA_MATH) + PyTorch's bias": 4.0,
+        "graph:eng1 (FMA_MATH) + bias eng50": 3.8,
+        "graph:eng30 (FMA_MATH) with bias": 2.5,
+        "graph:eng1 (FMA_MATH) + bias eng51": 3.2,
+        "legacy:ALGO_1 (FMA_MATH) + PyTorch's bias": 3.5,
+    }
 
 
 def test_a_combination_that_fails_leaves_the_others(

@@ -328,7 +328,7 @@ def test_a_blocked_engine_is_rejected_in_every_graph(
     row = Blocked(r"eng7", "dgrad", ("float32",), 16, "it is known to be wrong")
     monkeypatch.setattr(_candidates, "BLOCKED", (row,))
     problem = replace(STRICT, bias=operation == "convolution_bias")
-    start(**{operation: [FakeEngine("eng7"), FakeEngine("eng8")]})
+    start(**{operation: [FakeEngine("eng7"), FakeEngine("eng77")]})
     blocked, other = gather(problem)
     assert (blocked.rejected, other.rejected) == ("it is known to be wrong", None)
     with pytest.raises(ValueError, match=r"^it is known to be wrong$"):

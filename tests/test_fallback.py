@@ -365,9 +365,11 @@ def cpu_taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     unsuitable, pointers = functional._unsuitable, []
 
     def without_devices(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-        reason = unsuitable(input, weight, bias)
-        negative = any(t.is_neg() for t in (input, weight, bias) if t is not None)
-        return reason if negative or torch._C._functorch.peek_interpreter_stack() else None
+        with monkeypatch.context() as patch:
+            if not torch._C._functorch.peek_interpreter_stack():
+                patch.setattr(torch.Tensor, "is_cuda", True)
+                patch.setattr(_loader, "unavailable_reason", lambda: None)
+            return unsuitable(input, weight, bias)
 
     class Recorder:
         def __init__(self, direction: str, a: Tensor, b: Tensor, *_: Any) -> None:
@@ -376,6 +378,9 @@ def cpu_taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
             pointers.append(a.data_ptr())
             return F.conv_transpose2d(a, b, bias)
+
+        def ready(self, recipe: object) -> None:
+            return None  # native code reads CUDA tensors alone
 
     monkeypatch.setattr(functional, "_unsuitable", without_devices)
     monkeypatch.setattr(functional, "Call", Recorder)

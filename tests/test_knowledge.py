@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -186,13 +187,18 @@ def test_no_change_is_lost_where_threads_update_add_read_and_pack_at_once() -> N
             now = knowledge.candidates
             assert [c.algorithm for c in now[:updaters]] == [f"eng{i}" for i in range(updaters)]
 
-    on_threads(
-        *(lambda i=i: update(i) for i in range(updaters)),
-        *(lambda i=i: add(i) for i in range(adders)),
-        pack,
-        pack,
-        read,
-    )
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns where a lock lets them
+    try:
+        on_threads(
+            *(lambda i=i: update(i) for i in range(updaters)),
+            *(lambda i=i: add(i) for i in range(adders)),
+            pack,
+            pack,
+            read,
+        )
+    finally:
+        sys.setswitchinterval(interval)
     knowledge.pack()
     now = knowledge.candidates
     assert [c.workspace_bytes for c in now[:updaters]] == [turns] * updaters
@@ -391,9 +397,17 @@ def problem_number(number: int, **changes: Any) -> Any:
     return core.Problem(**(fields | changes))
 
 
-def engine_name(choose: random.Random) -> str:
-    knobs = sorted(choose.sample(range(2, 40), 3))
-    return f"eng{choose.randrange(80)}" + "".join(f"_k{k}={choose.randrange(12)}" for k in knobs)
+def engine_names(count: int) -> list[str]:
+    choose = random.Random(0)
+    names: set[str] = set()
+    while len(names) < count:
+        knobs = sorted(choose.sample(range(2, 40), 3))
+        values = "".join(f"_k{knob}={choose.randrange(12)}" for knob in knobs)
+        names.add(sys.intern(f"eng{choose.randrange(80)}{values}"))
+    return sorted(names)
+
+
+NAMES = engine_names(2000)  # of all that the problems of a program meet
 
 
 class CrowdedCore(FakeCore):
@@ -411,10 +425,8 @@ class CrowdedCore(FakeCore):
 
     def graph_heuristic(self, problem: Any, operation: str) -> list[FakeEngine]:
         count = {"convolution": 40, "convolution_identity": 8}[operation]
-        names: set[str] = set()
-        while len(names) < count:
-            names.add(engine_name(self.random))
-        return [FakeEngine(name, self.random.choice(self.NOTES)) for name in sorted(names)]
+        chosen = self.random.sample(NAMES, count)
+        return [FakeEngine(name, self.random.choice(self.NOTES)) for name in chosen]
 
     def legacy_heuristic(self, problem: Any) -> list[FakeResult]:
         return [
@@ -494,7 +506,6 @@ def test_a_remembered_problem_takes_less_than_4_kib(
     crowded: CrowdedCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose = crowded.random
-    names = [engine_name(choose) for _ in range(5000)]
 
     def read(problem: Any) -> list[Candidate]:
         return [
@@ -507,7 +518,7 @@ def test_a_remembered_problem_takes_less_than_4_kib(
                 choose.uniform(0.01, 10),
                 rejected="cudnnBackendFinalize returned 3000" if number % 4 == 3 else None,
             )
-            for number, name in enumerate(choose.sample(names, 60))
+            for number, name in enumerate(choose.sample(NAMES, 60))
         ]
 
     monkeypatch.setattr(_knowledge.store, "read", read)

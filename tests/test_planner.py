@@ -567,9 +567,18 @@ def test_within_the_noise_the_deterministic_and_then_the_smaller_wins(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = start(*THREE)
-    fake_times(core, monkeypatch, {"ALGO_1": 1.01, "ALGO_0": 1.0, "GEMM": 1.02})
+    fake_times(core, monkeypatch, {"ALGO_1": 1.004, "ALGO_0": 1.0, "GEMM": 1.008})
     run(selection="measure")
     assert names(core) == ["GEMM"]
+
+
+def test_beyond_the_noise_of_a_percent_the_fastest_wins(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(*THREE)
+    fake_times(core, monkeypatch, {"ALGO_1": 1.012, "ALGO_0": 1.0, "GEMM": 1.012})
+    run(selection="measure")
+    assert names(core) == ["ALGO_0"]
 
 
 def test_flags_choose_among_known_times_without_measuring(

@@ -85,7 +85,7 @@ class ReadyCall:
         make_out: Callable[[Tensor], Tensor],
         make_workspace: Callable[[], UntypedStorage] | None,
         enter_bias: Callable[[Tensor], Tensor] | None,
-        add_bias: Callable[[Tensor, Tensor], object] | None,
+        view_bias: Callable[[Tensor], Tensor] | None,
         plan_reads_bias: bool,
         uses: UseCount,
         recipe: object,

@@ -41,8 +41,8 @@ _PASSING = (CudnnExecutionError, CudnnInternalError)  # may not last: not for th
 _ALLOCATION_FAILED = (4003, 4004)  # CUDNN_STATUS_INTERNAL_ERROR_HOST / DEVICE_ALLOCATION_FAILED
 
 
-def _add(x: Tensor, bias: Tensor) -> None:
-    x.add_(bias.view(1, -1, 1, 1))
+def _over_channels(bias: Tensor) -> Tensor:
+    return bias.detach().view(1, -1, 1, 1)
 
 
 class Runner:
@@ -131,7 +131,7 @@ class Runner:
         )
         if how == ADD:
             assert bias is not None
-            _add(x, bias)
+            x.add_(_over_channels(bias))
 
     def ready(self, make_out: Callable[[Tensor], Tensor], recipe: object) -> ReadyCall | None:
         """What native code needs to run this as it last ran, or None if that is not settled."""
@@ -149,7 +149,7 @@ class Runner:
             if size
             else None,
             enter_bias=methodcaller("repeat", self._repeats) if repeated else None,
-            add_bias=_add if self._bias == ADD else None,
+            view_bias=_over_channels if self._bias == ADD else None,
             plan_reads_bias=by_cudnn,
             uses=knowledge.ready_uses,
             recipe=recipe,

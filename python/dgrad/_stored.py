@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _loader
 from ._candidates import imprecision
+from ._check import DOUBT
 from .config import PROVIDERS
 from .selection import ADD, FUSED, IDENTITY, PROBLEM_FIELDS, Candidate, problem_dict
 
@@ -69,6 +70,9 @@ def canonical(value: object) -> str:
 
 def durable(candidate: Candidate) -> Candidate:
     """The candidate without what holds only for the moment, and with text fit for the store."""
+    if candidate.rejected is not None and candidate.rejected.startswith(DOUBT):
+        # With other values results may agree; until "exhaustive" looks again it stays behind.
+        return replace(candidate, time_ms=None, skipped=True, rejected=None)
     if candidate.out_of_memory:
         return replace(candidate, time_ms=None, skipped=False, rejected=None, out_of_memory=False)
     if not _is_time(candidate.time_ms):  # events can give 0 ms

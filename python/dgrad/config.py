@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -247,6 +247,29 @@ else:
 
     def _torch_allows_tf32() -> bool:
         return torch._C._get_cudnn_allow_tf32()
+
+
+_tf32_switch: Callable[[], object] = (
+    partial(torch._C._get_fp32_precision_getter, "cuda", "conv")
+    if hasattr(torch._C, "_get_fp32_precision_getter")
+    else torch._C._get_cudnn_allow_tf32
+)
+
+
+def switches(layer: Flags | None) -> tuple[object, ...]:
+    """All outside its arguments that decides what a call runs, as fast as can be.
+
+    Who keeps the tuple must keep ``layer`` and :func:`current` too, which are in it by identity.
+    """
+    c = torch._C
+    return (
+        id(layer),
+        id(_flags),
+        _tf32_switch(),
+        c._get_cudnn_enabled(),
+        c._get_cudnn_deterministic(),
+        c._get_deterministic_algorithms(),
+    )
 
 
 def tf32_allowed(layer: Flags | None = None) -> bool:

@@ -17,7 +17,7 @@ from ._autograd import convolution, recipe, record
 from ._call import DTYPES, Call
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
 from ._watch import watchers
-from .planner import plan_cache
+from .planner import EXCHANGE, plan_cache
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -88,8 +88,9 @@ def conv_transpose2d(
         input, weight = _autocast(input), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     ready, state = plan_cache.ready, None
-    if ready is not None and not watchers:
-        state = (stride, padding, output_padding, groups, dilation, *_switches(flags))
+    if EXCHANGE is not None and not watchers:
+        state = (stride, padding, output_padding, groups, dilation, *config.switches(flags))
+    if ready is not None and state is not None:
         if not _records(input, weight, bias):
             result = ready.run(input, weight, bias, state)
             if result is not None:
@@ -146,19 +147,6 @@ def _records(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         )
     except AttributeError:
         return True
-
-
-def _switches(flags: config.Flags | None) -> tuple[object, ...]:
-    """All outside the arguments that decides what runs. Who keeps it keeps the flags too."""
-    c = torch._C
-    return (
-        id(flags),
-        id(config.current()),
-        config.tf32_allowed(flags),
-        c._get_cudnn_enabled(),
-        c._get_cudnn_deterministic(),
-        c._get_deterministic_algorithms(),
-    )
 
 
 def _key(

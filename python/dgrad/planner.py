@@ -20,7 +20,10 @@ from .selection import Candidate, Selection, format_bytes
 if TYPE_CHECKING:
     from ._core import ReadyCall, ReadyCalls
 
-_NOISE = 1.03  # times this close are the same time
+# DLPack's table by which native code reads tensors; None for an older PyTorch, which has none.
+EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+
+_NOISE = 1.01  # times this close are the same time
 
 
 class PlanCache(BoundedCache[Any, Any]):
@@ -28,23 +31,12 @@ class PlanCache(BoundedCache[Any, Any]):
 
     def __init__(self, max_size: int) -> None:
         super().__init__(max_size)
-        self._ready: ReadyCalls | None = None
-
-    @property
-    def ready(self) -> ReadyCalls | None:
-        """The calls that native code knows whole; None where tensors cannot be read there."""
-        if self._ready is None:
-            core, _ = _loader.load()
-            exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-            current_device = getattr(torch._C, "_cuda_getDevice", None)
-            if core is not None and exchange is not None and current_device is not None:
-                types = (torch.Tensor, torch.nn.Parameter)
-                self._ready = core.ReadyCalls(exchange, types, current_device)
-        return self._ready
+        # The calls that native code knows whole; None until there is one.
+        self.ready: ReadyCalls | None = None
 
     @property
     def hits(self) -> int:
-        return self._hits + (0 if self._ready is None else self._ready.hits)
+        return self._hits + (0 if self.ready is None else self.ready.hits)
 
     def keep_ready(
         self,
@@ -56,22 +48,25 @@ class PlanCache(BoundedCache[Any, Any]):
     ) -> None:
         """Let native code run a call for such tensors while ``state`` is the same."""
         if self.ready is None:
-            return
-        if self.ready.size >= self.max_size:
-            self.ready.clear()  # all are made again from the entries of this cache
-        self.ready.put(y, w, bias, state, call)
+            types = (torch.Tensor, torch.nn.Parameter)
+            make = _loader.require().ReadyCalls
+            self.ready = make(EXCHANGE, types, torch._C._cuda_getDevice)
+        ready: ReadyCalls = self.ready
+        if ready.size >= self.max_size:
+            ready.clear()  # all are made again from the entries of this cache
+        ready.put(y, w, bias, state, call)
 
     def _trim(self) -> None:
-        if len(self._entries) > self._max_size and self._ready is not None:
-            self._ready.clear()
+        if len(self._entries) > self._max_size and self.ready is not None:
+            self.ready.clear()
         super()._trim()
 
     def clear(self) -> None:
         """Forget all plans and all that was learned of their problems; the store stays."""
         super().clear()
-        if self._ready is not None:
-            self._ready.clear()
-            self._hits = -self._ready.hits
+        if self.ready is not None:
+            self.ready.clear()
+            self._hits = -self.ready.hits
         forget_all()
 
 

@@ -42,16 +42,18 @@ std::string to_text(const Identity& identity) {
     return text;
 }
 
+[[noreturn]] void refuse(const std::string& name) {
+    throw std::invalid_argument("engine is '" + name +
+                                "', expected a name such as 'eng5_k2=3_k24=0'");
+}
+
 // Takes `prefix` and a number off the front of `text`.
 std::int64_t take(std::string_view& text, std::string_view prefix, const std::string& name) {
     std::int64_t value = 0;
     const bool begins = text.substr(0, prefix.size()) == prefix;
     if (begins) text.remove_prefix(prefix.size());
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    if (!begins || error != std::errc{}) {
-        throw std::invalid_argument("engine is '" + name +
-                                    "', expected a name such as 'eng5_k2=3_k24=0'");
-    }
+    if (!begins || error != std::errc{}) refuse(name);
     text.remove_prefix(static_cast<std::size_t>(end - text.data()));
     return value;
 }
@@ -64,6 +66,7 @@ Identity parse(const std::string& name) {
         const std::int64_t type = take(text, "_k", name);
         identity.knobs.emplace_back(type, take(text, "=", name));
     }
+    if (to_text(identity) != name) refuse(name);  // one engine has one name
     return identity;
 }
 

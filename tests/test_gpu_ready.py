@@ -1,0 +1,298 @@
+"""Known calls that native code runs alone: never another answer than the long way gives."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dgrad
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+        reason="this PyTorch has no C exchange table of DLPack",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.manual_seed(0)
+    dgrad.plan_cache.clear()
+    dgrad.set_flags(fallback="error")
+
+
+def tensors(
+    x: tuple[int, ...] = (2, 8, 9, 9), w: tuple[int, ...] = (8, 6, 3, 3), **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = options.pop("groups", 1)
+    return (
+        torch.randn(x, device="cuda", **options),
+        torch.randn(w, device="cuda", **options) / 8,
+        torch.randn(w[1] * groups, device="cuda", **options),
+    )
+
+
+def used(call: Callable[[], object]) -> int:
+    """How many native runs a call makes: each is a hit that no Python entry counts."""
+    ready = dgrad.plan_cache.ready
+    before = 0 if ready is None else ready.hits
+    call()
+    ready = dgrad.plan_cache.ready
+    return (0 if ready is None else ready.hits) - before
+
+
+def assert_right(output: Tensor, *arguments: Any, **options: Any) -> None:
+    wanted = F.conv_transpose2d(
+        *(a.double() if isinstance(a, Tensor) else a for a in arguments), **options
+    )
+    tolerance = {torch.float16: 2e-2, torch.bfloat16: 5e-2}.get(output.dtype, 5e-3)
+    torch.testing.assert_close(output.double(), wanted, rtol=tolerance, atol=tolerance)
+    assert output.stride() == F.conv_transpose2d(*arguments, **options).stride()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("selection", ["heuristic", "exhaustive"])
+def test_a_repeated_call_runs_in_native_code_with_the_same_result(
+    selection: str, dtype: torch.dtype, layout: torch.memory_format, bias: bool
+) -> None:
+    x, w, b = tensors(dtype=dtype)
+    x, w = (t.to(memory_format=layout) for t in (x, w))
+    b = b if bias else None  # type: ignore[assignment]
+    with dgrad.flags(selection=selection):
+        first = dgrad.conv_transpose2d(x, w, b, 2, 1)
+        results: list[Tensor] = []
+        assert used(lambda: results.append(dgrad.conv_transpose2d(x, w, b, 2, 1))) == 1
+        assert_right(first, x, w, b, stride=2, padding=1)
+        assert_right(results[0], x, w, b, stride=2, padding=1)
+        # Other values at other addresses, the same call.
+        x2, w2, b2 = tensors(dtype=dtype)
+        x2, w2 = (t.to(memory_format=layout) for t in (x2, w2))
+        b2 = b2 if bias else None  # type: ignore[assignment]
+        assert used(lambda: results.append(dgrad.conv_transpose2d(x2, w2, b2, 2, 1))) == 1
+        assert_right(results[1], x2, w2, b2, stride=2, padding=1)
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "stride": lambda x, w, b: ((x, w, b), {"stride": 3}),
+    "padding": lambda x, w, b: ((x, w, b), {"stride": 2, "padding": 1}),
+    "output padding": lambda x, w, b: ((x, w, b), {"stride": 2, "output_padding": 1}),
+    "dilation": lambda x, w, b: ((x, w, b), {"stride": 2, "dilation": 2}),
+    "pair": lambda x, w, b: ((x, w, b), {"stride": (2, 1)}),
+    "no bias": lambda x, w, b: ((x, w, None), {"stride": 2}),
+    "batch": lambda x, w, b: ((x[:1], w, b), {"stride": 2}),
+    "unbatched": lambda x, w, b: ((x[0], w, b), {"stride": 2}),
+    "height": lambda x, w, b: ((x[:, :, :8].contiguous(), w, b), {"stride": 2}),
+    "strides": lambda x, w, b: ((x.transpose(2, 3), w, b), {"stride": 2}),
+    "layout": lambda x, w, b: ((x.to(memory_format=torch.channels_last), w, b), {"stride": 2}),
+    "kernel": lambda x, w, b: ((x, w[..., :2].contiguous(), b), {"stride": 2}),
+    "weight's strides": lambda x, w, b: ((x, w.transpose(2, 3), b), {"stride": 2}),
+    "expanded bias": lambda x, w, b: ((x, w, b[:1].expand(6)), {"stride": 2}),
+    "negative view": lambda x, w, b: ((torch._neg_view(x), w, b), {"stride": 2}),
+    "dtype": lambda x, w, b: (tuple(t.half() for t in (x, w, b)), {"stride": 2}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_that_differs_in_anything_is_not_taken_for_a_known_one(change: str) -> None:
+    x, w, b = tensors()
+    dgrad.conv_transpose2d(x, w, b, 2)
+    arguments, options = CHANGES[change](x, w, b)
+    results: list[Tensor] = []
+    with dgrad.flags(fallback="pytorch"):  # other flags alone would be another call
+        dgrad.conv_transpose2d(x, w, b, 2)
+        assert used(lambda: dgrad.conv_transpose2d(x, w, b, 2)) == 1
+        assert used(lambda: results.append(dgrad.conv_transpose2d(*arguments, **options))) == 0
+    plain = tuple(None if a is None else a.resolve_neg() for a in arguments)
+    assert_right(results[0], *plain, **options)
+
+
+def test_a_misaligned_view_is_another_call() -> None:
+    x, w, b = tensors()
+    flat = torch.cat([x.flatten(), x.flatten()[:1]])
+    dgrad.conv_transpose2d(x, w, b)
+    shifted = flat[1:].view(x.shape)
+    results: list[Tensor] = []
+    assert used(lambda: results.append(dgrad.conv_transpose2d(shifted, w, b))) == 0
+    assert_right(results[0], shifted, w, b)
+
+
+def test_what_is_equal_but_of_another_type_is_told_apart() -> None:
+    x, w, b = tensors()
+    for _ in range(2):
+        dgrad.conv_transpose2d(x, w, b, 1)
+        dgrad.conv_transpose2d(x, w, b, (1, 1))
+    for wrong in (1.0, (1.0, 1)):
+        with pytest.raises(TypeError):
+            dgrad.conv_transpose2d(x, w, b, wrong)  # type: ignore[arg-type]
+
+
+def test_flags_and_switches_are_part_of_the_call() -> None:
+    x, w, _ = tensors((4, 64, 32, 32), (64, 64, 3, 3))
+    exact = F.conv_transpose2d(x.double(), w.double())
+
+    def error() -> float:
+        found = [dgrad.conv_transpose2d(x, w) for _ in range(3)][-1]
+        return float((found - exact).norm() / exact.norm())
+
+    with dgrad.flags(allow_tf32=True, algorithm={"dgrad": "legacy:ALGO_1"}):
+        assert error() > 1e-5
+    with dgrad.flags(allow_tf32=False):
+        assert error() < 1e-5
+    layer = dgrad.Flags(allow_tf32=False)
+    assert float((dgrad.conv_transpose2d(x, w, flags=layer) - exact).norm() / exact.norm()) < 1e-5
+    torch.backends.cudnn.enabled = False
+    with pytest.raises(dgrad.NotSupportedError, match="enabled is False"):
+        dgrad.conv_transpose2d(x, w)
+    torch.backends.cudnn.enabled = True
+    torch.backends.cudnn.deterministic = True
+    assert used(lambda: dgrad.conv_transpose2d(x, w)) == 0
+
+
+def test_a_bias_that_pytorch_adds_follows_its_changes() -> None:
+    x, w, b = tensors()
+    with dgrad.flags(selection="heuristic"):
+        dgrad.conv_transpose2d(x, w, b)
+        assert dgrad.selections()[0][0].candidate.bias == "add"
+        for _ in range(3):
+            b.mul_(2)
+            assert_right(dgrad.conv_transpose2d(x, w, b), x, w, b)
+            b = torch.randn_like(b)
+            assert_right(dgrad.conv_transpose2d(x, w, b), x, w, b)
+        layer = torch.nn.Parameter(b)
+        dgrad.conv_transpose2d(x, w, layer)
+        layer.data = torch.randn_like(b)
+        with torch.no_grad():
+            assert_right(dgrad.conv_transpose2d(x, w, layer), x, w, layer)
+
+
+def test_uses_and_hits_are_counted() -> None:
+    x, w, b = tensors()
+    for _ in range(5):
+        dgrad.conv_transpose2d(x, w, b)
+    ((_, uses),) = dgrad.selections()
+    assert uses == 5
+    assert dgrad.plan_cache.hits >= 4
+    dgrad.plan_cache.clear()
+    assert (dgrad.plan_cache.hits, dgrad.plan_cache.misses) == (0, 0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_recorded_calls_have_the_same_gradients(bias: bool) -> None:
+    given = [t.requires_grad_() for t in tensors()]
+    x, w, b = given if bias else (*given[:2], None)  # type: ignore[misc]
+    leaves = [t for t in (x, w, b) if t is not None]
+    grad = torch.randn(2, 6, 19, 19, device="cuda")
+
+    def step() -> list[Tensor]:
+        y = dgrad.conv_transpose2d(x, w, b, 2)
+        return [y, *torch.autograd.grad(y, leaves, grad, create_graph=True)]
+
+    first = step()
+    again: list[Tensor] = []
+    assert used(lambda: again.extend(step())) == 1
+    doubled = [t.detach().double().requires_grad_() for t in leaves]
+    y = F.conv_transpose2d(*doubled, stride=2)
+    wanted = [y, *torch.autograd.grad(y, doubled, grad.double())]
+    for found in (first, again):
+        for each, right in zip(found, wanted, strict=True):
+            torch.testing.assert_close(each.double(), right, rtol=1e-2, atol=1e-2)
+    # Through the gradients again.
+    sum(g.square().sum() for g in again[1:3]).backward()  # type: ignore[union-attr]
+    assert all(t.grad is not None for t in leaves[:2])
+
+
+def test_a_graph_is_freed_without_the_garbage_collector() -> None:
+    x, w, b = (t.requires_grad_() for t in tensors())
+    dgrad.conv_transpose2d(x, w, b)
+    gc.disable()
+    try:
+        y = dgrad.conv_transpose2d(x, w, b)
+        node = weakref.ref(y.grad_fn)
+        del y
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+def test_threads_and_streams_have_their_own() -> None:
+    x, w, b = tensors((4, 8, 33, 33))
+    wanted = F.conv_transpose2d(x.double(), w.double(), b.double())
+    torch.cuda.synchronize()
+    failures: list[str] = []
+
+    def work() -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(200):
+                y = dgrad.conv_transpose2d(x, w, b)
+            stream.synchronize()
+        error = float((y - wanted).norm() / wanted.norm())
+        if not error < 5e-3:
+            failures.append(f"error {error}")
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for number in range(20):
+        if number % 5 == 4:
+            dgrad.plan_cache.clear()
+        dgrad.conv_transpose2d(x, w, b)
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_the_cache_bounds_the_native_calls_too() -> None:
+    dgrad.plan_cache.max_size = 4
+    w = torch.randn(4, 4, 2, 2, device="cuda")
+    for n in range(1, 20):
+        x = torch.randn(n, 4, 3, 3, device="cuda")
+        for _ in range(2):
+            dgrad.conv_transpose2d(x, w)
+        assert dgrad.plan_cache.ready is not None
+        assert dgrad.plan_cache.ready.size <= 4
+    dgrad.plan_cache.clear()
+    assert dgrad.plan_cache.ready.size == 0
+
+
+def test_out_of_memory_is_the_same_error_as_the_long_way() -> None:
+    x, w, b = tensors((64, 16, 128, 128), (16, 16, 2, 2))
+    dgrad.conv_transpose2d(x, w, b, 2)
+    gc.collect()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    allowed = torch.cuda.memory_reserved() + (8 << 20)
+    try:
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            dgrad.conv_transpose2d(x, w, b, 2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert_right(dgrad.conv_transpose2d(x, w, b, 2), x, w, b, stride=2)
+
+
+def test_inference_mode_and_capture() -> None:
+    x, w, b = tensors()
+    wanted = dgrad.conv_transpose2d(x, w, b)
+    with torch.inference_mode():
+        assert used(lambda: dgrad.conv_transpose2d(x, w, b)) == 1
+        assert dgrad.conv_transpose2d(x, w, b).is_inference()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y = dgrad.conv_transpose2d(x, w, b)
+    y.zero_()
+    graph.replay()
+    torch.testing.assert_close(y, wanted)
