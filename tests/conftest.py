@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ _TESTS = Path(__file__).resolve().parent
 _RESULTS = _TESTS / "results"
 _DEFAULT_SEED = 20260117
 _MEASURE_BUDGET_S = 0.004  # of a problem
+_USUAL_S = 0.3  # what a gpu test takes that is not marked
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +48,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=PROVIDERS,
         help="let only this provider's candidates run in the gpu tests that force none",
     )
+    group.addoption(
+        "--part",
+        type=_part,
+        metavar="K/N",
+        help="run the K-th of N parts of the gpu tests; `python tests/merge_gpu.py` makes one "
+        "record of all",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,6 +62,24 @@ def pytest_configure(config: pytest.Config) -> None:
     if text is not None:
         config.stash[_REPRO] = _parse_repro(text, config.getoption("seed"))
     config.pluginmanager.register(_Record(config), "dgrad-gpu-record")
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text}: expected K/N, K from 1 to N")
+    return int(number), int(count)
+
+
+def in_part(costs: list[float], number: int, count: int) -> list[bool]:
+    """Which of the tests, by their seconds, are in a part: each goes to the least filled one."""
+    filled = [0.0] * count
+    chosen = []
+    for cost in costs:
+        least = filled.index(min(filled))
+        filled[least] += cost
+        chosen.append(least == number - 1)
+    return chosen
 
 
 _REPRO = pytest.StashKey[Case]()
@@ -86,12 +113,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         alone = [item for item in items if "swept" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in alone])
         items[:] = alone
+    part = config.getoption("part")
+    if part is not None:
+        of_gpu = [item for item in items if item.get_closest_marker("gpu") is not None]
+        costs = [_cost_s(item) for item in of_gpu]
+        order = sorted(range(len(of_gpu)), key=lambda i: -costs[i])  # the long ones first
+        kept = in_part([costs[i] for i in order], *part)
+        items[:] = [of_gpu[i] for i, keep in sorted(zip(order, kept, strict=True)) if keep]
     reason = dgrad.unavailable_reason()
     if reason is not None:
         skip = pytest.mark.skip(reason=f"dgrad cannot run on a GPU here: {reason}")
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(skip)
+
+
+def _cost_s(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("seconds")
+    return float(marker.args[0]) if marker is not None else _USUAL_S
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -171,7 +210,7 @@ def _chosen_fast(request: pytest.FixtureRequest, _switches_as_before: None) -> N
 class _Record:
     """Writes results/gpu.json after a run of all gpu tests; part of them leaves it as it is.
 
-    With --provider it is results/gpu-PROVIDER.json.
+    With --provider it is results/gpu-PROVIDER.json, with --part a file for merge_gpu.py.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -208,12 +247,16 @@ class _Record:
     def pytest_sessionfinish(self) -> None:
         if self._is_partial or not self._ran or len(self._outcomes) != len(self._selected):
             return
-        provider = self._config.getoption("provider")
-        record = _RESULTS / (f"gpu-{provider}.json" if provider else "gpu.json")
+        record = _RESULTS / f"{self._name()}.json"
         record.parent.mkdir(parents=True, exist_ok=True)
         unfinished = record.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self._to_dict(), indent=1) + "\n")
         os.replace(unfinished, record)
+
+    def _name(self) -> str:
+        provider, part = (self._config.getoption(name) for name in ("provider", "part"))
+        name = f"gpu-{provider}" if provider else "gpu"
+        return f"{name}.part-{part[0]}-of-{part[1]}" if part else name
 
     def _to_dict(self) -> dict[str, Any]:
         versions = environment.versions()

@@ -315,7 +315,10 @@ def test_nan_flows_as_in_pytorch_whatever_is_selected(
     theirs = nan(pytorch)
     with dgrad.flags(selection="heuristic"):
         assert torch.equal(nan(dgrad.conv_transpose2d), theirs), "another engine than PyTorch's"
-    with dgrad.flags(selection="exhaustive"):
+    # Those that cuDNN compiles are left out: a second each.
+    with dgrad.flags(selection="exhaustive", algorithm="legacy"):
+        assert nan(dgrad.conv_transpose2d)[reached].all()
+    with dgrad.flags(selection="measure", measure_budget=0.1):
         ours = nan(dgrad.conv_transpose2d)
     assert ours[reached].all()
     # PyTorch's engines differ in this: some multiply neighbours within a stride by zero.

@@ -58,7 +58,9 @@ std::pair<Shape, Shape> bias_shapes(const Problem& problem, Operation operation)
 // Adds descriptors one after another; a graph keeps all of them.
 class Builder {
   public:
-    explicit Builder(const Problem& problem) : problem_(problem) {
+    // The handle comes first: without a device that is what to tell of.
+    explicit Builder(const Problem& problem)
+        : problem_(problem), handle_(handle_for(problem.device)) {
         parts_.reserve(16);  // references to parts stay good
     }
 
@@ -122,7 +124,7 @@ class Builder {
 
     OperationGraph finish() {
         Descriptor graph(CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
-        graph.set(CUDNN_ATTR_OPERATIONGRAPH_HANDLE, handle_for(problem_.device));
+        graph.set(CUDNN_ATTR_OPERATIONGRAPH_HANDLE, handle_);
         graph.set(CUDNN_ATTR_OPERATIONGRAPH_OPS, operations_);
         graph.finalize();
         return {std::move(parts_), std::move(graph), std::move(uids_)};
@@ -180,6 +182,7 @@ class Builder {
     }
 
     const Problem& problem_;
+    cudnnHandle_t handle_;
     std::vector<Descriptor> parts_;
     std::vector<const Descriptor*> operations_;
     std::vector<Uid> uids_;
