@@ -164,16 +164,16 @@ void bind_ready(py::module_& m) {
         .def_readonly("count", &dgrad::UseCount::count);
     py::class_<ReadyCall, std::shared_ptr<ReadyCall>>(m, "ReadyCall")
         .def(py::init([](std::shared_ptr<dgrad::Plan> plan, py::object make_out,
-                         py::object make_workspace, py::object enter_bias, py::object view_bias,
-                         bool plan_reads_bias, std::shared_ptr<dgrad::UseCount> uses,
+                         py::object make_workspace, py::object enter_bias, bool plan_reads_bias,
+                         bool pytorch_adds_bias, std::shared_ptr<dgrad::UseCount> uses,
                          py::object recipe) {
                  return std::make_shared<ReadyCall>(
                      ReadyCall{std::move(plan), std::move(make_out), std::move(make_workspace),
-                               std::move(enter_bias), std::move(view_bias), plan_reads_bias,
-                               std::move(uses), std::move(recipe), py::none(), nullptr});
+                               std::move(enter_bias), plan_reads_bias, pytorch_adds_bias,
+                               std::move(uses), std::move(recipe)});
              }),
              py::kw_only(), "plan"_a.none(false), "make_out"_a, "make_workspace"_a, "enter_bias"_a,
-             "view_bias"_a, "plan_reads_bias"_a, "uses"_a.none(false), "recipe"_a)
+             "plan_reads_bias"_a, "pytorch_adds_bias"_a, "uses"_a.none(false), "recipe"_a)
         .def_readonly("recipe", &ReadyCall::recipe);
     py::class_<ReadyCalls>(m, "ReadyCalls")
         .def(py::init<const py::capsule&, py::tuple, py::object>(), "exchange"_a, "types"_a,

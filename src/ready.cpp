@@ -6,6 +6,8 @@
 #include <thread>
 #include <utility>
 
+#include "error.hpp"
+
 namespace py = pybind11;
 
 namespace dgrad {
@@ -60,9 +62,25 @@ bool is_negative(const py::object& tensor) {
     return !call_method(tensor, is_neg).is(py::bool_(false));
 }
 
-void add_in_place(const py::object& tensor, const py::object& other) {
+// Nothing here runs Python code, so no signal handler does either.
+void add_over_channels(const py::object& tensor, const py::object& bias) {
+    static const py::str& view = interned("view");
     static const py::str& add = interned("add_");
-    call_method(tensor, add, other);
+    static const py::int_& one = *new py::int_(1);
+    static const py::int_& rest = *new py::int_(-1);
+    call_method(tensor, add, call_method(bias, view, one, rest, one, one));
+}
+
+// Whether hashing and comparing such a value runs no code but the interpreter's own.
+bool is_plain(PyObject* value) {
+    if (PyTuple_CheckExact(value)) {
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
+            if (!is_plain(PyTuple_GET_ITEM(value, i))) return false;
+        }
+        return true;
+    }
+    return value == Py_None || PyBool_Check(value) || PyLong_CheckExact(value) ||
+           PyUnicode_CheckExact(value);
 }
 
 }  // namespace
@@ -117,8 +135,9 @@ bool ReadyCalls::add_facts(const py::object& object, Key* key) const {
     // A negative view shares all that is read here with what it is the negative of.
     if (is_negative(object)) return false;
     const auto dims = static_cast<std::size_t>(tensor.ndim);
-    if (tensor.device_type != dlpack::cuda || tensor.strides == nullptr || dims > 4 ||
-        key->count + 2 * dims + 2 > most_facts) {
+    // A null address is of a tensor without memory, such as one of zeros.
+    if (tensor.device_type != dlpack::cuda || tensor.strides == nullptr || tensor.data == nullptr ||
+        dims > 4 || key->count + 2 * dims + 2 > most_facts) {
         return false;
     }
     const auto add = [key](std::int64_t fact) { key->facts[key->count++] = fact; };
@@ -136,6 +155,7 @@ bool ReadyCalls::make_key(const py::object& y, const py::object& w, const py::ob
                           const py::tuple& state, Key* key) const {
     const std::hash<std::thread::id> thread;
     key->facts[key->count++] = static_cast<std::int64_t>(thread(std::this_thread::get_id()));
+    if (!is_plain(state.ptr())) return false;
     key->state_hash = PyObject_Hash(state.ptr());
     if (key->state_hash == -1) return no();
     key->state = state;
@@ -160,7 +180,7 @@ py::object ReadyCalls::run(const py::object& y, const py::object& w, const py::o
     return execute(*call, y, w, bias);
 }
 
-py::object ReadyCalls::execute(ReadyCall& call, const py::object& y, const py::object& w,
+py::object ReadyCalls::execute(const ReadyCall& call, const py::object& y, const py::object& w,
                                const py::object& bias) {
     try {
         const dlpack::Tensor from = read(y);
@@ -180,20 +200,15 @@ py::object ReadyCalls::execute(ReadyCall& call, const py::object& y, const py::o
             const py::gil_scoped_release released;
             call.plan->execute(pointers, scratch, static_cast<cudaStream_t>(stream));
         }
-        if (!call.view_bias.is_none()) {
-            const void* const at = address(read(bias));
-            if (at != call.viewed_address) {
-                call.viewed = call.view_bias(bias);
-                call.viewed_address = at;
-            }
-            add_in_place(out, call.viewed);
-        }
+        if (call.pytorch_adds_bias) add_over_channels(out, bias);
         ++call.uses->count;
         return out;
-    } catch (const std::exception&) {
-        clear();  // Python runs it again, and tells what is wrong
-        return py::none();
+    } catch (const py::error_already_set& error) {
+        if (!error.matches(PyExc_RuntimeError)) throw;  // an interrupt, for example
+    } catch (const CudnnError&) {
     }
+    clear();  // Python runs it again, and tells what is wrong
+    return py::none();
 }
 
 void ReadyCalls::put(const py::object& y, const py::object& w, const py::object& bias,

@@ -29,14 +29,10 @@ struct ReadyCall {
     pybind11::object make_out;        // of y: the tensor for the result
     pybind11::object make_workspace;  // of nothing: a storage
     pybind11::object enter_bias;      // of the bias: the one that the plan reads
-    pybind11::object view_bias;       // of the bias: what PyTorch is to add to the result
     bool plan_reads_bias;
+    bool pytorch_adds_bias;  // to the result, once the plan has run
     std::shared_ptr<UseCount> uses;
     pybind11::object recipe;  // what Python needs of it; lives as long
-
-    // The last view and the address of its bias. It keeps the memory, so the address is its own.
-    pybind11::object viewed;
-    const void* viewed_address = nullptr;
 };
 
 // Not thread-safe: the GIL guards it, and a plan is found by the thread that made it only.
@@ -48,7 +44,7 @@ class ReadyCalls {
                pybind11::object current_device);
 
     // The result of dgrad for y, w and a bias or None, or None if it is not ready. `state` is all
-    // else that decides, and hashable.
+    // else that decides: exact ints, bools, strings, None and tuples of these.
     pybind11::object run(const pybind11::object& y, const pybind11::object& w,
                          const pybind11::object& bias, const pybind11::tuple& state);
 
@@ -57,8 +53,8 @@ class ReadyCalls {
                                     const pybind11::object& bias, const pybind11::tuple& state);
 
     // What run() does with a call that was found for these very tensors; None if it fails.
-    pybind11::object execute(ReadyCall& call, const pybind11::object& y, const pybind11::object& w,
-                             const pybind11::object& bias);
+    pybind11::object execute(const ReadyCall& call, const pybind11::object& y,
+                             const pybind11::object& w, const pybind11::object& bias);
 
     void put(const pybind11::object& y, const pybind11::object& w, const pybind11::object& bias,
              const pybind11::tuple& state, std::shared_ptr<ReadyCall> call);

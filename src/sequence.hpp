@@ -3,6 +3,9 @@
 
 #include <algorithm>
 #include <memory>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "plan.hpp"
 
@@ -17,7 +20,11 @@ class Sequence final : public Plan {
         return std::max(first_->workspace_bytes(), second_->workspace_bytes());
     }
 
-    [[nodiscard]] std::vector<std::string> notes() const override { return first_->notes(); }
+    [[nodiscard]] std::vector<std::string> notes() const override {
+        std::vector<std::string> notes = first_->notes();
+        for (std::string& note : second_->notes()) notes.push_back(std::move(note));
+        return notes;
+    }
 
     void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) override {
         first_->execute(pointers, workspace, stream);

@@ -133,20 +133,28 @@ def test_without_memory_for_a_copy_nothing_is_checked(monkeypatch: pytest.Monkey
     def full(*_: object, **__: object) -> Any:
         raise TorchOutOfMemoryError("CUDA out of memory")
 
+    for owner, name in ((torch.Tensor, "clone"), (torch.linalg, "vector_norm")):
+        result = values("float32")
+        check = check_of(result, "float32")
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            check()
+            check()
+        result.zero_()
+        check()  # another result in the first one's place would be no measure
+        check()
+
+
+def test_what_a_candidate_leaves_unwritten_is_noticed() -> None:
     result = values("float32")
     check = check_of(result, "float32")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "clone", full)
-        check()
-    check()  # the first that could be kept
     right = result.clone()
-    result.zero_()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.linalg, "vector_norm", full)
+    check()
+    check.spoil()
+    result[:1].copy_(right[:1])
+    with pytest.raises(ValueError, match="not that of the first candidate: nan apart"):
         check()
-    with pytest.raises(ValueError, match="not that of the first candidate"):
-        check()
-    result.copy_(right)
+    check.drop()
     check()
 
 
@@ -193,3 +201,18 @@ def test_a_doubted_result_is_no_reason_for_later_processes() -> None:
     assert (kept.rejected, kept.time_ms, kept.skipped) == (None, None, True)
     refused = dgrad.Candidate("graph", "eng5", "FMA_MATH", True, 0, rejected="not supported")
     assert durable(refused) == refused
+
+
+def test_what_is_timed_later_is_held_against_the_first_candidate_too(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong engine that a smaller limit had left out does not become its own measure."""
+    core = start(convolution=[FakeEngine("eng1"), FakeEngine("eng2", workspace_bytes=4096)])
+    right = torch.randn_like(X)
+    writing(core, X, {"convolution:eng1": right, "convolution:eng2": right * 3})
+    fake_times(core, monkeypatch, {"convolution:eng1": 2.0, "convolution:eng2": 1.0})
+    for limit in (0, None):
+        policy = config.policy(dgrad.Flags(selection="measure", workspace_limit=limit))
+        Runner(FakeProblem(), policy).run(X, W, Y)  # type: ignore[arg-type]
+    assert names(core)[-1] == "convolution:eng1"
+    assert not torch.equal(X, right * 3)

@@ -266,6 +266,7 @@ def call_for(
         None if bias is None else (bias.stride(), bias.data_ptr() & 15),
         config.tf32_allowed(flags),
         config.policy(flags),
+        config.commands(direction, flags),
         threading.get_ident(),
     )
     call = plan_cache.get(key)

@@ -9,7 +9,12 @@ from sys import intern
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import _loader
-from .exceptions import CudnnBadParameterError, CudnnNotSupportedError
+from .exceptions import (
+    CudnnBadParameterError,
+    CudnnError,
+    CudnnNotInitializedError,
+    CudnnNotSupportedError,
+)
 from .selection import ADD, FUSED, IDENTITY, Candidate, problem_dict
 
 if TYPE_CHECKING:
@@ -128,7 +133,9 @@ def _engines(problem: Problem, operation: str) -> list[Candidate]:
     """The engines that cuDNN's heuristics name for a graph, as candidates without a bias."""
     try:
         engines = _loader.require().graph_heuristic(problem, operation)
-    except _REFUSALS as error:
+    except CudnnNotInitializedError:
+        raise
+    except CudnnError as error:  # the legacy algorithms may run
         return [Candidate("graph", "engines", "DEFAULT_MATH", False, 0, rejected=str(error))]
     return [
         Candidate(
@@ -248,7 +255,10 @@ def make_plan(problem: Problem, candidate: Candidate) -> Plan:
     if candidate.provider == "graph":
         # The record may come from a file; what runs is what the engine says of itself.
         engine = candidate.algorithm.partition(IDENTITY)[0]
-        objection = _objection_to_engine(problem, engine, plan.notes)
+        notes = plan.notes
+        objection = _objection_to_engine(problem, engine, notes)
+        if candidate.deterministic and "NONDETERMINISTIC" in notes:
+            objection = "it is not deterministic, and its record says that it is"
         if objection is not None:
             raise ValueError(objection)
     return plan

@@ -1,7 +1,7 @@
 """Holds the results of candidates against each other while they are timed.
 
 cuDNN has engines that are wrong for some sizes and say nothing (``BLOCKED`` in _candidates.py has
-those that were found). The first candidate is cuDNN's own choice, and PyTorch's.
+those that were found). The first candidate that may run is cuDNN's own choice, and PyTorch's.
 """
 
 from __future__ import annotations
@@ -27,23 +27,35 @@ DOUBT = "its result is not that of the first candidate"  # begins the reason; no
 class Check:
     """Called after the first run of each candidate that is timed, with the result in place.
 
-    Raises ValueError for a result that differs from the first candidate's by more than precision
+    The first result is kept. Raises ValueError for one that differs from it by more than precision
     explains. Without memory for a copy nothing is checked, nor where the first is not finite.
     """
 
     def __init__(self, result: Tensor, problem: Problem) -> None:
         self._result = result
         self._limit = _TRUSTED["tf32" if problem.tf32 else problem.dtype]
-        self._first: Tensor | None = None
+        self._kept: Tensor | None = None
+        self._has_memory = True
+
+    def spoil(self) -> None:
+        """Before a candidate's first run: what it leaves unwritten shall show."""
+        self._result.fill_(math.nan)
+
+    def drop(self) -> None:
+        """Give the copy's memory back; nothing is checked any more."""
+        self._kept, self._has_memory = None, False
 
     def __call__(self) -> None:
+        if not self._has_memory:
+            return
         try:
-            if self._first is None:
-                self._first = self._result.clone()
+            if self._kept is None:
+                self._kept = self._result.clone()
                 return
-            norm = _norm(self._first)
-            error = _norm(self._result - self._first)
+            norm = _norm(self._kept)
+            error = _norm(self._result - self._kept)
         except TorchOutOfMemoryError:
+            self.drop()
             return
         if math.isfinite(norm) and not error <= self._limit * norm:
             raise ValueError(f"{DOUBT}: {error / (norm or 1):.2g} apart (relative norm)")

@@ -85,8 +85,8 @@ class ReadyCall:
         make_out: Callable[[Tensor], Tensor],
         make_workspace: Callable[[], UntypedStorage] | None,
         enter_bias: Callable[[Tensor], Tensor] | None,
-        view_bias: Callable[[Tensor], Tensor] | None,
         plan_reads_bias: bool,
+        pytorch_adds_bias: bool,
         uses: UseCount,
         recipe: object,
     ) -> None: ...

@@ -27,6 +27,7 @@ _MAX_BRACKETS = 4096  # bounds the nesting, and with it the stack that the JSON 
 _MAX_CANDIDATES = 256
 _MAX_TEXT = 300
 _ENGINE = re.compile(r"eng[0-9]{1,9}(_k[0-9]{1,9}=[0-9]{1,9}){0,64}")
+_ATOMIC = {("dgrad", "ALGO_0"), ("wgrad", "ALGO_0"), ("wgrad", "ALGO_3")}  # add up in any order
 MATH_TYPES = ("DEFAULT_MATH", "TENSOR_OP_MATH", "TENSOR_OP_MATH_ALLOW_CONVERSION", "FMA_MATH")
 
 
@@ -164,6 +165,9 @@ def _candidate(data: Any, problem: Problem, known: Sequence[str]) -> Candidate:
         or _ENGINE.fullmatch(str(bias))
     ):
         raise ValueError(f"has a candidate whose bias is {bias!r:.80}")
+    atomic = (problem.direction, algorithm) in _ATOMIC and candidate.provider == "legacy"
+    if candidate.deterministic and atomic:
+        raise ValueError(f"calls {candidate} deterministic, which it is not")
     if candidate.rejected is None and objection is not None:
         raise ValueError(f"lets {candidate} run, but {objection}")  # never by way of a file
     return candidate

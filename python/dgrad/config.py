@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -192,7 +192,13 @@ def _changed(changes: Mapping[str, Any]) -> Flags:
     for name in changes:
         if name not in known:
             raise TypeError(f"unknown flag {name!r}, expected one of {', '.join(known)}")
-    return replace(_flags, **changes)
+    return interned(replace(_flags, **changes))
+
+
+@lru_cache(maxsize=256)
+def interned(flags: Flags) -> Flags:
+    """One object for equal flags, as calls are known by its identity."""
+    return flags
 
 
 def effective(layer: Flags | None = None) -> Flags:

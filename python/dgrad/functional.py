@@ -17,7 +17,7 @@ from ._autograd import convolution, recipe, record
 from ._call import DTYPES, Call
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
 from ._watch import watchers
-from .planner import EXCHANGE, plan_cache
+from .planner import plan_cache
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -87,8 +87,10 @@ def conv_transpose2d(
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cuda"):
         input, weight = _autocast(input), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
-    ready, state = plan_cache.ready, None
-    if EXCHANGE is not None and not watchers:
+    if flags is not None:
+        flags = config.interned(flags)
+    ready, state, held = plan_cache.ready, None, config.current()
+    if plan_cache.exchange is not None and not watchers:
         state = (stride, padding, output_padding, groups, dilation, *config.switches(flags))
     if ready is not None and state is not None:
         if not _records(input, weight, bias):
@@ -127,12 +129,12 @@ def conv_transpose2d(
         )
     x, weight = _enter(input, weight, prepared.appended)
     output = convolution("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, bias)
-    if state is not None and prepared.call is not None and x is input:
-        made = recipe(
-            "dgrad", x, weight, geometry, prepared.size, flags, prepared.call, config.current()
-        )
+    # Unless a switch was turned meanwhile, by another thread.
+    unchanged = state is not None and state[5:] == config.switches(flags)
+    if unchanged and config.current() is held and prepared.call is not None and x is input:
+        made = recipe("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, held)
         call = prepared.call.ready(made)
-        if call is not None:
+        if call is not None and state is not None:
             plan_cache.keep_ready(input, weight, bias, state, call)
     return output if input.dim() == 4 else output.squeeze(0)
 
@@ -166,6 +168,7 @@ def _key(
             input.dtype,
             input.device,
             input.is_neg(),
+            input._is_zerotensor(),
             input.data_ptr() & 15,
             type(weight),
             weight.shape,
@@ -173,12 +176,14 @@ def _key(
             weight.dtype,
             weight.device,
             weight.is_neg(),
+            weight._is_zerotensor(),
             weight.data_ptr() & 15,
             None if bias is None else _bias_key(bias),
             geometry,
             output_padding,
             config.tf32_allowed(flags),
             config.policy(flags),
+            config.commands("dgrad", flags),
             torch._C._get_cudnn_enabled(),
             threading.get_ident(),
         )
@@ -195,6 +200,7 @@ def _bias_key(bias: Tensor) -> tuple[object, ...]:
         bias.dtype,
         bias.device,
         bias.is_neg(),
+        bias._is_zerotensor(),
         bias.data_ptr() & 15,
     )
 
@@ -238,8 +244,8 @@ def _unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | Non
         return "torch.backends.cudnn.enabled is False"
     if input.numel() == 0:
         return "the batch is empty"
-    if any(each.is_neg() for each in (input, weight, bias) if each is not None):
-        return "a negative view must be resolved first"
+    if any(t.is_neg() or t._is_zerotensor() for t in (input, weight, bias) if t is not None):
+        return "a negative view, or zeros without memory, must be resolved first"
     return _loader.unavailable_reason()
 
 

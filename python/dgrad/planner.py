@@ -20,9 +20,6 @@ from .selection import Candidate, Selection, format_bytes
 if TYPE_CHECKING:
     from ._core import ReadyCall, ReadyCalls
 
-# DLPack's table by which native code reads tensors; None for an older PyTorch, which has none.
-EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-
 _NOISE = 1.01  # times this close are the same time
 
 
@@ -31,6 +28,8 @@ class PlanCache(BoundedCache[Any, Any]):
 
     def __init__(self, max_size: int) -> None:
         super().__init__(max_size)
+        # DLPack's table by which native code reads tensors; None where there is none to use.
+        self.exchange: object = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
         # The calls that native code knows whole; None until there is one.
         self.ready: ReadyCalls | None = None
 
@@ -50,7 +49,11 @@ class PlanCache(BoundedCache[Any, Any]):
         if self.ready is None:
             types = (torch.Tensor, torch.nn.Parameter)
             make = _loader.require().ReadyCalls
-            self.ready = make(EXCHANGE, types, torch._C._cuda_getDevice)
+            try:
+                self.ready = make(self.exchange, types, torch._C._cuda_getDevice)
+            except ValueError:  # of another version of DLPack: Python runs every call
+                self.exchange = None
+                return
         ready: ReadyCalls = self.ready
         if ready.size >= self.max_size:
             ready.clear()  # all are made again from the entries of this cache

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <optional>
 #include <stdexcept>
 #include <string_view>
 #include <utility>
@@ -103,14 +104,21 @@ std::vector<Descriptor> configs(const OperationGraph& graph, cudnnBackendHeurMod
 std::vector<Engine> heuristic(const Problem& problem, Operation operation) {
     const OperationGraph graph = make_operation_graph(problem, operation);
     std::vector<Engine> engines;
+    std::optional<CudnnError> refused;
     for (const cudnnBackendHeurMode_t mode : modes) {
-        for (const Descriptor& config : configs(graph, mode)) {
-            std::string name = to_text(identity_of(config));
-            const bool known = std::any_of(engines.begin(), engines.end(),
-                                           [&](const Engine& each) { return each.name == name; });
-            if (!known) engines.push_back({std::move(name), numerical_notes(config)});
+        try {
+            for (const Descriptor& config : configs(graph, mode)) {
+                std::string name = to_text(identity_of(config));
+                const bool known =
+                    std::any_of(engines.begin(), engines.end(),
+                                [&](const Engine& each) { return each.name == name; });
+                if (!known) engines.push_back({std::move(name), numerical_notes(config)});
+            }
+        } catch (const CudnnError& error) {  // another mode may have an answer
+            if (!refused) refused.emplace(error);
         }
     }
+    if (engines.empty() && refused) throw CudnnError(*refused);
     return engines;
 }
 
