@@ -638,6 +638,20 @@ def test_forbidding_tf32_needs_no_new_measuring(
     assert names(core) == ["ALGO_1", "GEMM"]
 
 
+def test_what_failed_with_tf32_is_not_tried_again_without_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(
+        FakeResult("ALGO_0", "FMA_MATH"), FakeResult("GEMM", "FMA_MATH"), FakeResult("ALGO_1")
+    )
+    core.failing["GEMM"] = NOT_SUPPORTED
+    measured = fake_times(core, monkeypatch, {"ALGO_0": 3.0, "ALGO_1": 1.0})
+    run(selection="measure")
+    Runner(FakeProblem(tf32=False), config.policy(dgrad.Flags(selection="measure"))).run(X, W, Y)  # type: ignore[arg-type]
+    assert measured == [["ALGO_0", "ALGO_1"]]
+    assert names(core) == ["ALGO_1", "ALGO_0"]
+
+
 def test_allowing_tf32_measures_what_it_adds_only(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

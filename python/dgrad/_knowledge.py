@@ -117,22 +117,34 @@ def knowledge_of(problem: Problem) -> Knowledge:
 
 
 def _borrowed(problem: Problem, candidates: list[Candidate]) -> Knowledge:
-    """New candidates, with the times that the same float32 problem has in the other precision."""
-    source, times = "measured", {}
+    """New candidates, with what is known of them for the same float32 problem in the other
+    precision: times, and where tf32 is allowed there, also what did not run."""
+    source: str = "measured"
+    known: dict[object, Candidate] = {}
     if problem.dtype == "float32":
         other = other_precision(problem)
-        known = _known.get(other)
-        if known is None:
+        knowledge = _known.get(other)
+        if knowledge is None:
             stored = store.read(other)
-            known = Knowledge(other, stored, "stored") if stored is not None else None
-        if known is not None:
-            source = known.source
-            times = {(c.engine, c.bias): c.time_ms for c in known.candidates}
-            known.pack()
-    timed = [
-        c if c.rejected else replace(c, time_ms=times.get((c.engine, c.bias))) for c in candidates
-    ]
-    return Knowledge(problem, timed, source)
+            knowledge = Knowledge(other, stored, "stored") if stored is not None else None
+        if knowledge is not None:
+            source = knowledge.source
+            known = {(c.engine, c.bias): c for c in knowledge.candidates}
+            knowledge.pack()
+
+    def taught(candidate: Candidate) -> Candidate:
+        same = known.get((candidate.engine, candidate.bias))
+        if same is None or candidate.rejected is not None:
+            return candidate
+        if same.rejected is None:
+            return replace(candidate, time_ms=same.time_ms, skipped=same.skipped)
+        lasting = not problem.tf32 and not same.out_of_memory
+        return replace(candidate, rejected=same.rejected) if lasting else candidate
+
+    found = [taught(candidate) for candidate in candidates]
+    if not any(c.time_ms for c in found):  # the budget was spent on others: these are due
+        found = [replace(c, skipped=False) for c in found]
+    return Knowledge(problem, found, source)
 
 
 def everything() -> list[Knowledge]:
