@@ -59,7 +59,6 @@ class Runner:
         "_problem",
         "_provisional",
         "_repeats",
-        "_workspace_bytes",
     )
 
     def __init__(self, problem: Problem, policy: Policy) -> None:
@@ -212,12 +211,12 @@ class Runner:
         tensors = x, w, y, bias
         result = {"dgrad": x, "fprop": y, "wgrad": w}[problem.direction]
         check = Check(result, problem)
+        reserved = torch.cuda.memory_reserved(self._device)
         self._run_earlier(indices[0], tensors, check)
         contestants = {
             i: Contestant(partial(self._prepare, i, tensors, check), check) for i in indices
         }
         budget_s = policy.measure_budget if policy.selection == "measure" else None
-        reserved = torch.cuda.memory_reserved(self._device)
         measure(list(contestants.values()), budget_s, _FAILURES)
         self._learn(contestants)
         if problem.bias:

@@ -3,6 +3,7 @@
 #include <array>
 #include <utility>
 
+#include "data_type.hpp"
 #include "handle.hpp"
 #include "names.hpp"
 
@@ -14,25 +15,6 @@ constexpr std::array<const char*, 5> operation_names{"convolution", "convolution
 constexpr std::int64_t virtual_uid = 'v';
 
 using Sizes = std::vector<std::int64_t>;
-
-cudnnDataType_t data_type(DataType dtype) {
-    switch (dtype) {
-        case DataType::float16:
-            return CUDNN_DATA_HALF;
-        case DataType::bfloat16:
-            return CUDNN_DATA_BFLOAT16;
-        case DataType::float32:
-            return CUDNN_DATA_FLOAT;
-        case DataType::float64:
-            break;
-    }
-    return CUDNN_DATA_DOUBLE;
-}
-
-// Half types accumulate in float, as in PyTorch.
-cudnnDataType_t compute_type(const Problem& problem) {
-    return problem.dtype == DataType::float64 ? CUDNN_DATA_DOUBLE : CUDNN_DATA_FLOAT;
-}
 
 struct Shape {
     Sizes sizes;

@@ -1,24 +1,12 @@
 #include "legacy/descriptors.hpp"
 
+#include "data_type.hpp"
+
 namespace dgrad::legacy {
 namespace {
 
 // Problem::check has bounded every value.
 int as_int(std::int64_t value) { return static_cast<int>(value); }
-
-cudnnDataType_t data_type(DataType dtype) {
-    switch (dtype) {
-        case DataType::float16:
-            return CUDNN_DATA_HALF;
-        case DataType::bfloat16:
-            return CUDNN_DATA_BFLOAT16;
-        case DataType::float32:
-            return CUDNN_DATA_FLOAT;
-        case DataType::float64:
-            break;
-    }
-    return CUDNN_DATA_DOUBLE;
-}
 
 void set_tensor(const TensorDescriptor& descriptor, const Problem& problem, const Size4& size) {
     const cudnnTensorFormat_t format =
@@ -38,13 +26,10 @@ Descriptors::Descriptors(const Problem& problem, cudnnMathType_t math_type) {
     DGRAD_CUDNN_CHECK(cudnnSetFilter4dDescriptor(w.get(), data_type(problem.dtype), format,
                                                  as_int(problem.w[0]), as_int(problem.w[1]),
                                                  as_int(problem.w[2]), as_int(problem.w[3])));
-    // Half types accumulate in float, as in PyTorch.
-    const cudnnDataType_t compute_type =
-        problem.dtype == DataType::float64 ? CUDNN_DATA_DOUBLE : CUDNN_DATA_FLOAT;
     DGRAD_CUDNN_CHECK(cudnnSetConvolution2dDescriptor(
         convolution.get(), as_int(problem.padding[0]), as_int(problem.padding[1]),
         as_int(problem.stride[0]), as_int(problem.stride[1]), as_int(problem.dilation[0]),
-        as_int(problem.dilation[1]), CUDNN_CROSS_CORRELATION, compute_type));
+        as_int(problem.dilation[1]), CUDNN_CROSS_CORRELATION, compute_type(problem)));
     DGRAD_CUDNN_CHECK(cudnnSetConvolutionGroupCount(convolution.get(), as_int(problem.groups)));
     DGRAD_CUDNN_CHECK(cudnnSetConvolutionMathType(convolution.get(), math_type));
 }
