@@ -770,7 +770,7 @@ LONGEST = "eng999999999" + "_k999999999=999999999" * 64
 WRONG_ENGINES = (
     "", "eng", "eng-5", "eng+5", "eng 5", " eng5", "eng5 ", "eng5\n", "eng5\0", "ENG5", "5",
     "xeng5", "eng5.0", "eng0x5", "eng1000000000", "eng\u0665", "eng5_k\u0662=3", "eng5_k2=\uff13",
-    "eng5_", "eng5_k2", "eng5_k2=", "eng5_k2=-3", "eng5_k=3", "eng5_k2=3_", "eng5_k2=3,k4=0",
+    "eng5_", "eng5_k2", "eng5_k2=", "eng5_k-2=3", "eng5_k=3", "eng5_k2=3_", "eng5_k2=3,k4=0",
     "eng5_k2==3", "eng5k2=3", LONGEST + "_k1=1", "+identity", "eng5identity", "eng5+", "eng5+bias",
     "eng5+identity ", "eng5+identity+identity", "eng5+identityeng5", "+identityeng5",
     "eng+identity", "engines", "engines+identity",  # stand for a refusal, and may not run
@@ -1429,3 +1429,10 @@ def test_forgetting_everything_takes_spoiled_entries_too(
     assert store.forget("dgrad") == 0
     assert store.forget() == 1
     assert not file.exists()
+
+
+def test_a_negative_knob_is_kept() -> None:
+    """As in cuDNN 9.19's names of engines for fprop: eng41_k2=0_k12=-1_k13=2."""
+    engine = Candidate("graph", "eng41_k2=0_k12=-1_k13=2", "FMA_MATH", True, 0, time_ms=1.0)
+    problem = make_problem()
+    assert _stored.validated(_stored.decode(_stored.encode(problem, [engine])))[1] == [engine]

@@ -26,7 +26,7 @@ MAX_BYTES = 64 * 1024
 _MAX_BRACKETS = 4096  # bounds the nesting, and with it the stack that the JSON parser takes
 _MAX_CANDIDATES = 256
 _MAX_TEXT = 300
-_ENGINE = re.compile(r"eng[0-9]{1,9}(_k[0-9]{1,9}=[0-9]{1,9}){0,64}")
+_ENGINE = re.compile(r"eng[0-9]{1,9}(_k[0-9]{1,9}=-?[0-9]{1,9}){0,64}")
 _ATOMIC = {("dgrad", "ALGO_0"), ("wgrad", "ALGO_0"), ("wgrad", "ALGO_3")}  # add up in any order
 MATH_TYPES = ("DEFAULT_MATH", "TENSOR_OP_MATH", "TENSOR_OP_MATH_ALLOW_CONVERSION", "FMA_MATH")
 
