@@ -41,8 +41,8 @@ bool same_types(PyObject* left, PyObject* right) {
 template <typename... Arguments>
 py::object call_method(const py::object& object, const py::str& name,
                        const Arguments&... arguments) {
-    PyObject* const result =
-        PyObject_CallMethodObjArgs(object.ptr(), name.ptr(), arguments.ptr()..., nullptr);
+    std::array<PyObject*, 1 + sizeof...(arguments)> all{object.ptr(), arguments.ptr()...};
+    PyObject* const result = PyObject_VectorcallMethod(name.ptr(), all.data(), all.size(), nullptr);
     if (result == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(result);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -164,6 +165,7 @@ class FakeCore:
             is_current_stream_capturing=lambda: False,
             memory_reserved=lambda device: 0,
             empty_cache=lambda: None,
+            device=lambda device: nullcontext(),
         )
         fake_torch = SimpleNamespace(
             UntypedStorage=self.storage, device=torch.device, _C=driver, cuda=cuda
@@ -243,12 +245,17 @@ def fake_times(
     """
     measured: list[list[str]] = []
 
-    def measure(contestants: list[Any], budget_s: float | None, errors: Any) -> None:
-        measured.append([])
+    def measure(contestants: list[Any], budget_s: float | None, errors: Any, late: Any) -> None:
+        begin(contestants, errors)
+        begin(late(), errors)
+
+    def begin(contestants: list[Any], errors: Any) -> None:
+        if contestants:
+            measured.append([])
         for contestant in contestants:
             before = len(core.ran)
             try:
-                run = contestant.prepare()
+                run = contestant.prepare(contestant.build())
                 contestant.reached = True
                 if run is None:
                     continue

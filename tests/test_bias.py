@@ -240,8 +240,8 @@ CONVOLUTIONS = [FakeEngine("eng1"), FakeEngine("eng2")]
 TIMES: dict[str, float | None] = {  # without a pass, PyTorch adds
     "convolution:eng1": 4.0,
     "convolution:eng2": 3.0,
-    "ALGO_1": 3.5,
     "convolution:eng1 + bias_rows:eng50": 3.8,
+    "ALGO_1": 3.5,
     "convolution_bias:eng30": 2.5,
     "convolution:eng1 + bias_rows:eng51": 3.2,
     "convolution:eng2 + bias_rows:eng51": 2.2,

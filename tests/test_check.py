@@ -11,9 +11,8 @@ from torch import Tensor
 
 import dgrad
 from dgrad import config
-from dgrad._check import DOUBT, Check
+from dgrad._check import Check
 from dgrad._runner import Runner
-from dgrad._stored import durable
 from dgrad.exceptions import TorchOutOfMemoryError
 from fake_cudnn import (
     FakeCore,
@@ -191,16 +190,6 @@ def test_a_wrong_engine_does_not_run_though_it_is_the_fastest(
     reasons = [candidate.rejected for candidate in selection.candidates]
     assert reasons[:2] == [None, None]
     assert str(reasons[2]).startswith("its result is not that of the first candidate")
-
-
-def test_a_doubted_result_is_no_reason_for_later_processes() -> None:
-    doubted = dgrad.Candidate(
-        "graph", "eng5", "FMA_MATH", True, 0, time_ms=1.0, rejected=f"{DOUBT}: 0.3 apart"
-    )
-    kept = durable(doubted)
-    assert (kept.rejected, kept.time_ms, kept.skipped) == (None, None, True)
-    refused = dgrad.Candidate("graph", "eng5", "FMA_MATH", True, 0, rejected="not supported")
-    assert durable(refused) == refused
 
 
 def test_what_is_timed_later_is_held_against_the_first_candidate_too(

@@ -35,7 +35,7 @@ def test_explain_prints_each_candidate_with_its_verdict(
     assert err == ""
     assert title.startswith("fprop float32/tf32 nchw x=2x6x")
     assert title.endswith("source measured")
-    columns = ["candidate", "layout", "workspace", "time", "deterministic", "verdict"]
+    columns = ["candidate", "layout", "workspace", "time", "device", "deterministic", "verdict"]
     assert header.split() == columns
     words = ["legacy:ALGO_1", "(TENSOR_OP_MATH)", "nchw", "2.0", "KiB", "0.5", "ms", "yes"]
     assert chosen.split() == [*words, "chosen"]

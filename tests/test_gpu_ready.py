@@ -70,17 +70,19 @@ def test_a_repeated_call_runs_in_native_code_with_the_same_result(
     x, w, b = tensors(dtype=dtype)
     x, w = (t.to(memory_format=layout) for t in (x, w))
     b = b if bias else None  # type: ignore[assignment]
+    # float64 runs contiguous only, as in PyTorch: others are copied, and not by native code.
+    native = int(dtype != torch.float64 or layout == torch.contiguous_format)
     with dgrad.flags(selection=selection):
         first = dgrad.conv_transpose2d(x, w, b, 2, 1)
         results: list[Tensor] = []
-        assert used(lambda: results.append(dgrad.conv_transpose2d(x, w, b, 2, 1))) == 1
+        assert used(lambda: results.append(dgrad.conv_transpose2d(x, w, b, 2, 1))) == native
         assert_right(first, x, w, b, stride=2, padding=1)
         assert_right(results[0], x, w, b, stride=2, padding=1)
         # Other values at other addresses, the same call.
         x2, w2, b2 = tensors(dtype=dtype)
         x2, w2 = (t.to(memory_format=layout) for t in (x2, w2))
         b2 = b2 if bias else None  # type: ignore[assignment]
-        assert used(lambda: results.append(dgrad.conv_transpose2d(x2, w2, b2, 2, 1))) == 1
+        assert used(lambda: results.append(dgrad.conv_transpose2d(x2, w2, b2, 2, 1))) == native
         assert_right(results[1], x2, w2, b2, stride=2, padding=1)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import dgrad
 from dgrad import _runner
-from dgrad.measure import measure
+from dgrad.measure import CLOSE, measure
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store")]
 
@@ -73,7 +73,10 @@ def test_every_candidate_that_can_run_gets_a_time_and_the_fastest_wins() -> None
     best = min(value for value in times.values() if value is not None)
     chosen = times[selection.chosen]
     assert chosen is not None
-    assert chosen <= best * 1.03
+    assert chosen <= best * CLOSE
+    on_device = [c.device_ms for i, c in enumerate(selection.candidates) if i in times]
+    if selection.candidate.device_ms is not None:
+        assert selection.candidate.device_ms <= min(t for t in on_device if t is not None) * 1.03
     assert relative_error(y, F.conv_transpose2d(x.double(), w.double())) < 2e-3
 
 
@@ -99,16 +102,27 @@ def test_measuring_leaves_no_trace() -> None:
 
 
 def test_the_workspaces_that_were_tried_are_given_back() -> None:
-    x, w = tensors((16, 64, 128, 128), (64, 64, 3, 5))
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    with dgrad.flags(selection="exhaustive", algorithm="legacy"):
-        y = dgrad.conv_transpose2d(x, w)
-    selection = only_selection()
-    tried = max(c.workspace_bytes for c in selection.candidates if c.time_ms is not None)
-    used = y.untyped_storage().nbytes() + selection.candidate.workspace_bytes
-    assert tried > used + 64 * 2**20, "nothing to give back"
-    assert torch.cuda.memory_reserved() - before < used + 64 * 2**20
+    slack = 64 * 2**20
+    given_back = 0
+    for shape, kernel, tf32 in (
+        ((16, 64, 128, 128), (64, 64, 3, 5), True),
+        ((16, 64, 128, 128), (64, 64, 3, 5), False),
+        ((64, 3, 256, 256), (3, 16, 5, 5), True),
+        ((32, 128, 64, 64), (128, 128, 1, 1), True),
+    ):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            dgrad.plan_cache.clear()
+            x, w = (t.to(memory_format=memory_format) for t in tensors(shape, kernel))
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved()
+            with dgrad.flags(selection="exhaustive", allow_tf32=tf32):
+                y = dgrad.conv_transpose2d(x, w)
+            selection = only_selection()
+            tried = max(c.workspace_bytes for c in selection.candidates if c.time_ms is not None)
+            used = y.untyped_storage().nbytes() + selection.candidate.workspace_bytes
+            assert torch.cuda.memory_reserved() - before < used + slack
+            given_back += y.untyped_storage().nbytes() + tried > used + slack
+    assert given_back, "no problem tried a workspace that is much larger than the chosen one's"
 
 
 def test_two_threads_that_meet_the_same_problem_measure_it_once(
@@ -253,8 +267,11 @@ extra_ms(*layer(3))  # makes the context and the handles, loads libraries and ke
 layers = [layer(n) for n in range(4, 12)]
 first = {"extra_ms": round_ms(), "sources": told(lambda s: s.source)}
 chosen = told(lambda s: str(s.candidate))
-dgrad.plan_cache.clear()  # forgets all but the store; the kernels stay loaded
-again = {"extra_ms": round_ms(), "sources": told(lambda s: s.source)}
+rounds = []
+for _ in range(3):
+    dgrad.plan_cache.clear()  # forgets all but the store; the kernels stay loaded
+    rounds.append(round_ms())
+again = {"extra_ms": [min(each) for each in zip(*rounds)], "sources": told(lambda s: s.source)}
 print(json.dumps({"measured": len(measured), "chosen": chosen, "first": first, "again": again}))
 """
 
@@ -277,7 +294,8 @@ def test_a_second_process_measures_nothing_and_starts_at_once(own_store: Path) -
     assert second["chosen"] == first["chosen"]
 
     # The CUDA driver loads a kernel at its first launch. That is no cost of a stored selection,
-    # so the largest is asked for without it, where dgrad reads the store and builds plans again.
+    # so the largest is asked for without it, where dgrad reads the store and builds plans again:
+    # the least of three, as other processes take their share of the machine's time.
     loading, loaded = second["first"]["extra_ms"], second["again"]["extra_ms"]
     for name, extra in (("with kernels to load", loading), ("with loaded kernels", loaded)):
         print(f"first calls over later ones, {name}: {extra} ms")  # pytest -rP shows it
@@ -297,7 +315,7 @@ for x, w, options in suite:
         dgrad.conv_transpose2d(torch.randn(x, device="cuda", dtype=dtype),
                                torch.randn(w, device="cuda", dtype=dtype), **options)
 print(json.dumps([[str(s.problem), str(s.candidate),
-    {str(c): c.time_ms for c, o in zip(s.candidates, s.objections) if o is None}]
+    {str(c): (c.time_ms, c.device_ms) for c, o in zip(s.candidates, s.objections) if o is None}]
     for s, _ in dgrad.selections()]))
 """
     runs = []
@@ -318,9 +336,11 @@ print(json.dumps([[str(s.problem), str(s.candidate),
             max({entry[1] for entry in problem}, key=[entry[1] for entry in problem].count),
         )
         for _, chosen, times in problem:
-            timed = [value for value in times.values() if value is not None]
-            # Alone among the usable, a candidate is not timed.
-            if chosen != most and times[chosen] > 1.03 * min(timed):
+            # By the time that decides: on the device, where the host may limit. Alone among the
+            # usable, a candidate is not timed.
+            by = 0 if times[chosen][1] is None else 1
+            timed = [both[by] for both in times.values() if both[by] is not None]
+            if chosen != most and times[chosen][by] > 1.03 * min(timed):
                 unlike.append((name, chosen, most, times))
     assert not unlike
 

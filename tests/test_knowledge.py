@@ -369,7 +369,7 @@ def test_an_entry_of_the_first_format_is_not_read(
     measured = fake_times(stored, monkeypatch, TIMES)
     run_one(False)
     (folder,) = own_store.iterdir()
-    assert folder.name.endswith("_v2")
+    assert folder.name.endswith("_v3")
     folder.rename(folder.with_name(folder.name[:-1] + "1"))
     dgrad.plan_cache.clear()
     assert run_one(False).source == "measured"
@@ -450,7 +450,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[CrowdedCore]:
 
     def measure(contestants: list[Any], *_: Any) -> None:
         for contestant in contestants:
-            contestant.prepare()
+            contestant.prepare(contestant.build())
             contestant.reached = True
             contestant.samples_ms = [core.random.uniform(0.01, 10)]
 

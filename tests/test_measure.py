@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from dgrad import measure as measuring
 from dgrad.measure import Contestant, measure
 
 ROUNDS = 5
+DEVICE_RUNS = 3 * 10  # of each that is timed on the device
 
 
 class Failure(Exception):
@@ -27,33 +29,47 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_ms = 0.0
+        self.held = False  # then the host does not limit
         self.events: list[str] = []
-        event = SimpleNamespace(Event=lambda enable_timing: FakeEvent(self))
-        monkeypatch.setattr(measuring, "torch", SimpleNamespace(cuda=event))
+        cuda = SimpleNamespace(Event=lambda enable_timing: FakeEvent(self), _sleep=self.hold)
+        monkeypatch.setattr(measuring, "torch", SimpleNamespace(cuda=cuda))
         clock = SimpleNamespace(perf_counter=lambda: self.now_ms / 1e3)
         monkeypatch.setattr(measuring, "time", clock)
+        monkeypatch.setattr(measuring, "_AHEAD", 1)
+
+    def hold(self, cycles: int) -> None:
+        self.held = True
+        self.events.append("hold")
 
     def contestant(
         self,
         name: str,
         time_ms: float | Callable[[int], float],
         *,
+        device_ms: float | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> Contestant:
-        """One whose runs take so many milliseconds; a function is given the number of the run."""
+        """One whose runs take so many milliseconds; a function is given the number of the run.
+
+        On the device alone they take ``device_ms``, or the same.
+        """
         runs = 0
 
         def run() -> None:
             nonlocal runs
             self.events.append(name)
-            self.now_ms += time_ms(runs) if callable(time_ms) else time_ms
+            if self.held and device_ms is not None:
+                self.now_ms += device_ms
+            else:
+                self.now_ms += time_ms(runs) if callable(time_ms) else time_ms
             runs += 1
 
-        def prepare() -> Callable[[], None]:
+        def prepare(built: object) -> Callable[[], None]:
+            assert built == f"plan of {name}"
             self.events.append(f"prepare {name}")
             return run
 
-        return Contestant(prepare, check)
+        return Contestant(lambda: f"plan of {name}", prepare, check)
 
     def count(self, name: str) -> int:
         return self.events.count(name)
@@ -68,7 +84,7 @@ class FakeEvent:
         self._at_ms = self._device.now_ms
 
     def synchronize(self) -> None:
-        pass
+        self._device.held = False
 
     def elapsed_time(self, end: FakeEvent) -> float:
         return end._at_ms - self._at_ms
@@ -109,7 +125,7 @@ def test_the_first_run_tells_nothing(device: Device) -> None:
 
 
 def test_one_that_is_not_wanted_is_reached_and_not_timed(device: Device) -> None:
-    unwanted = Contestant(lambda: None)
+    unwanted = Contestant(lambda: None, lambda built: None)
     assert time([unwanted, device.contestant("b", 2.0)]) == [None, 2.0]
     assert unwanted.reached
     assert unwanted.error is None
@@ -186,15 +202,16 @@ def test_the_single_run_before_the_rounds_does_not_count(device: Device) -> None
 
 
 @pytest.mark.parametrize(
-    ("time_ms", "runs"), [(5.0, 1), (0.9, 1), (0.5, 2), (0.1, 10), (0.021, 48), (0.001, 50)]
+    ("time_ms", "runs"), [(5.0, 1), (0.9, 1), (0.5, 2), (0.125, 8), (0.021, 48), (0.001, 50)]
 )
 def test_short_runs_are_timed_back_to_back(device: Device, time_ms: float, runs: int) -> None:
     time([device.contestant("a", time_ms), device.contestant("b", time_ms)])
-    assert device.count("a") == 2 + ROUNDS * runs
+    on_device = DEVICE_RUNS if time_ms < 0.1 else 0
+    assert device.count("a") == 2 + ROUNDS * runs + on_device
     before = device.events.index("prepare b")
-    order = device.events[before + 3 :]
+    order = [event for event in device.events[before + 3 :] if event != "hold"]
     changes = sum(one != other for one, other in pairwise(order))
-    assert changes <= 2 * ROUNDS - 1, "the runs of one sample do not lie together"
+    assert changes <= 2 * (ROUNDS + 3) - 1, "the runs of one sample do not lie together"
 
 
 def test_one_alone_is_run_twice(device: Device) -> None:
@@ -219,7 +236,9 @@ def test_the_order_changes_and_the_programs_random_numbers_stay(device: Device) 
     assert len({tuple(turn) for turn in turns}) == ROUNDS
 
 
-@pytest.mark.parametrize("when", ["prepare", "first run", "check", "second run", "a round"])
+@pytest.mark.parametrize(
+    "when", ["build", "prepare", "first run", "check", "second run", "a round"]
+)
 def test_one_that_fails_leaves_with_its_error_and_the_others_stay(
     device: Device, when: str
 ) -> None:
@@ -233,8 +252,8 @@ def test_one_that_fails_leaves_with_its_error_and_the_others_stay(
         lambda run: fail() if run == at else 1.0,
         check=fail if when == "check" else lambda: None,
     )
-    if when == "prepare":
-        failing.prepare = fail
+    if when in ("build", "prepare"):
+        setattr(failing, when, fail)
     others = [device.contestant("b", 1.0), device.contestant("c", 1.1)]
     assert time([failing, *others]) == [None, 1.0, 1.1]
     assert failing.reached
@@ -242,7 +261,9 @@ def test_one_that_fails_leaves_with_its_error_and_the_others_stay(
     assert str(failing.error) == when
     assert failing.error.__traceback__ is None, "it would hold the workspace"
     assert [rounds(each) for each in others] == [ROUNDS, ROUNDS]
-    assert device.count("a") == (at + 1 if at is not None else {"prepare": 0, "check": 1}[when])
+    assert device.count("a") == (
+        at + 1 if at is not None else {"build": 0, "prepare": 0, "check": 1}[when]
+    )
 
 
 def test_what_is_no_failure_of_a_candidate_is_passed_on(device: Device) -> None:
@@ -250,7 +271,7 @@ def test_what_is_no_failure_of_a_candidate_is_passed_on(device: Device) -> None:
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        time([device.contestant("a", 1.0), Contestant(broken)])
+        time([device.contestant("a", 1.0), Contestant(broken, lambda built: None)])
 
 
 def test_the_check_comes_once_after_the_first_run(device: Device) -> None:
@@ -262,6 +283,87 @@ def test_the_check_comes_once_after_the_first_run(device: Device) -> None:
         "prepare a", "a", "check a", "a", "prepare b", "b", "check b", "b",
     ]  # fmt: skip
     assert device.count("check a") == device.count("check b") == 1
+
+
+def test_where_the_host_may_limit_the_close_ones_are_timed_on_the_device(device: Device) -> None:
+    a = device.contestant("a", 0.03, device_ms=0.02)
+    b = device.contestant("b", 0.031, device_ms=0.01)
+    c = device.contestant("c", 0.034, device_ms=0.001)
+    assert time([a, b, c]) == [0.03, 0.031, 0.034]
+    assert [each.device_ms for each in (a, b, c)] == [
+        pytest.approx(0.02),
+        pytest.approx(0.01),
+        None,
+    ]
+    assert device.count("hold") == 2 * 3
+
+
+def test_where_the_device_limits_it_is_not_held_back(device: Device) -> None:
+    contestants = [device.contestant("a", 0.2), device.contestant("b", 0.2)]
+    assert time(contestants) == [0.2, 0.2]
+    assert [each.device_ms for each in contestants] == [None, None]
+    assert device.count("hold") == 0
+
+
+def test_one_that_fails_on_the_device_leaves(device: Device) -> None:
+    def fail_when_held(run: int) -> float:
+        if device.held:
+            raise Failure("held")
+        return 0.03
+
+    failing = device.contestant("a", fail_when_held)
+    other = device.contestant("b", 0.03)
+    assert time([failing, other]) == [None, 0.03]
+    assert failing.device_ms is None
+    assert str(failing.error) == "held"
+    assert other.device_ms == pytest.approx(0.03)
+
+
+def test_late_ones_join_the_best_when_these_have_their_times(device: Device) -> None:
+    first = [device.contestant("a", 1.0), device.contestant("b", 1.5)]
+    known: list[float | None] = []
+    joined = device.contestant("c", 0.9)
+
+    def late() -> list[Contestant]:
+        known.extend(each.time_ms for each in first)
+        return [joined]
+
+    measure(first, None, (Failure,), late)
+    assert known == [1.0, 1.5]
+    assert joined.reached
+    assert joined.time_ms == pytest.approx(0.9)
+    assert rounds(joined) == ROUNDS
+    after = device.events[device.events.index("prepare c") :]
+    assert after.count("a") == ROUNDS, "they were not timed together"
+    assert after.count("b") == 0
+
+
+def test_builds_run_ahead_in_threads_and_stop_with_the_budget(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_AHEAD", 4)
+    monkeypatch.setattr(measuring, "_BUILDERS", 2)
+    threads: set[str] = set()
+    together = threading.Barrier(2, timeout=30)  # broken unless two build at once
+
+    def building(contestant: Contestant) -> Contestant:
+        real = contestant.build
+
+        def build() -> Any:
+            threads.add(threading.current_thread().name)
+            together.wait()
+            return real()
+
+        contestant.build = build
+        return contestant
+
+    contestants = [building(device.contestant(str(i), 10.0)) for i in range(8)]
+    # Two runs of the first four and of two that were begun meanwhile, then the budget is spent.
+    assert time(contestants, budget_s=0.05) == [10.0] * 6 + [None] * 2
+    assert [each.reached for each in contestants] == [True] * 6 + [False] * 2
+    assert threads == {"dgrad-build_0", "dgrad-build_1"}
+    names = [event for event in device.events if event.startswith("prepare")]
+    assert names == [f"prepare {i}" for i in range(6)], "not in their order"
 
 
 @settings(deadline=None, max_examples=100)

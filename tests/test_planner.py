@@ -23,6 +23,7 @@ from dgrad import config
 from dgrad._geometry import Geometry, Pair, output_size
 from dgrad._runner import Runner
 from dgrad.exceptions import TorchOutOfMemoryError, cudnn_error
+from dgrad.planner import preference
 from dgrad.selection import Candidate, Selection, format_bytes, reasons_table, reproduction
 from fake_cudnn import (
     HEURISTIC,
@@ -580,6 +581,47 @@ def test_beyond_the_noise_of_a_percent_the_fastest_wins(
     fake_times(core, monkeypatch, {"ALGO_1": 1.012, "ALGO_0": 1.0, "GEMM": 1.012})
     run(selection="measure")
     assert names(core) == ["ALGO_0"]
+
+
+def timed(*times: tuple[float, float | None], workspace_bytes: int = 0) -> list[Candidate]:
+    """Candidates with a time back to back and one on the device."""
+    return [
+        Candidate("graph", f"eng{i}", "FMA_MATH", True, workspace_bytes, t, device_ms)
+        for i, (t, device_ms) in enumerate(times)
+    ]
+
+
+def first_choice(candidates: list[Candidate]) -> int:
+    return preference(candidates, "dgrad", config.policy(dgrad.Flags(selection="measure")))[0]
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen"),
+    [
+        ([(0.030, 0.015), (0.031, 0.013)], 1),  # as close as the host can tell
+        ([(0.030, 0.015), (0.034, 0.013)], 0),  # slower for who replays nothing
+        ([(0.030, 0.015), (0.031, None)], 0),  # not known: the time back to back decides
+        ([(0.031, 0.0151), (0.030, 0.0150), (0.033, 0.0150)], 1),  # alike on the device
+        ([(0.030, None), (0.031, 0.013)], 0),
+    ],
+)
+def test_the_device_tells_apart_what_the_host_makes_alike(
+    times: list[tuple[float, float | None]], chosen: int
+) -> None:
+    assert first_choice(timed(*times)) == chosen
+
+
+def test_alike_on_the_device_and_for_the_host_the_smaller_workspace_wins() -> None:
+    large, small = timed((0.0300, 0.0150), (0.0305, 0.0151))
+    assert first_choice([replace(large, workspace_bytes=MIB), small]) == 1
+
+
+def test_both_times_are_told(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, other = timed((0.030, 0.010), (0.027, 0.015))
+    selection = Selection(FakeProblem(), (chosen, other), 0, (None, None), "measured")  # type: ignore[arg-type]
+    verdict = "50.0 % slower on the device, 10.0 % faster with the host's share"
+    assert selection.verdicts() == ["chosen", verdict]
+    assert f"next graph:eng1 (FMA_MATH) {verdict}" in str(selection)
 
 
 def test_flags_choose_among_known_times_without_measuring(

@@ -162,8 +162,8 @@ def test_no_field_may_lack_be_added_or_have_another_type(record: Record) -> None
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda r: r.update(format=1),
-        lambda r: r.update(format=3),
+        lambda r: r.update(format=2),
+        lambda r: r.update(format=4),
         lambda r: r.update(time="yesterday"),
         lambda r: r.update(gpu=None),
         lambda r: r.update(cudnn="nine"),

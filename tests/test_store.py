@@ -35,9 +35,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
 
-HERE = "NVIDIA-H200_sm90_cudnn-9.12.0_v2"
-OTHER_GPU = "NVIDIA-L4_sm89_cudnn-9.12.0_v2"
-OTHER_CUDNN = "NVIDIA-H200_sm90_cudnn-9.19.0_v2"
+HERE = "NVIDIA-H200_sm90_cudnn-9.12.0_v3"
+OTHER_GPU = "NVIDIA-L4_sm89_cudnn-9.12.0_v3"
+OTHER_CUDNN = "NVIDIA-H200_sm90_cudnn-9.19.0_v3"
 EXAMPLES = settings(max_examples=150, deadline=None, database=None)
 folder_name_of_device = store._folder_name
 
@@ -69,7 +69,7 @@ def numbered(number: int) -> Any:
 
 
 CANDIDATES = [
-    Candidate("legacy", "ALGO_1", "TENSOR_OP_MATH", True, 4096, time_ms=0.021),
+    Candidate("legacy", "ALGO_1", "TENSOR_OP_MATH", True, 4096, time_ms=0.021, device_ms=0.01),
     Candidate("legacy", "ALGO_0", "DEFAULT_MATH", False, 0, time_ms=0.5),
     Candidate("legacy", "FFT", "FMA_MATH", True, 2**31, skipped=True),
     Candidate("legacy", "WINOGRAD", "DEFAULT_MATH", True, 0, rejected="cuDNN's heuristic says no"),
@@ -306,10 +306,12 @@ def test_a_reason_is_made_fit_for_the_store(reason: str, stored: str) -> None:
 
 @pytest.mark.parametrize("time_ms", [0.0, -1.0, float("nan"), float("inf"), 1e7])
 def test_a_time_that_cannot_be_is_not_stored(time_ms: float) -> None:
-    store.write(make_problem(), [replace(CANDIDATES[0], time_ms=time_ms), CANDIDATES[1]])
+    wrong = replace(CANDIDATES[0], time_ms=time_ms, device_ms=time_ms)
+    store.write(make_problem(), [wrong, replace(CANDIDATES[1], device_ms=0.4)])
     read = store.read(make_problem())
     assert read is not None
     assert [each.time_ms for each in read] == [None, 0.5]
+    assert [each.device_ms for each in read] == [None, 0.4]
 
 
 def test_what_could_not_be_read_again_is_not_written(
@@ -422,11 +424,11 @@ def test_folders_and_files_are_the_users_alone(
 @pytest.mark.parametrize(
     ("name", "folder"),
     [
-        ("NVIDIA H200", "NVIDIA-H200_sm90_cudnn-9.12.0_v2"),
-        ("NVIDIA H200 MIG 1g.18gb", "NVIDIA-H200-MIG-1g.18gb_sm90_cudnn-9.12.0_v2"),
-        ("../../x\0\n/ä", "..-..-x-_sm90_cudnn-9.12.0_v2"),
-        ("..", ".._sm90_cudnn-9.12.0_v2"),
-        ("N" * 500, "N" * 100 + "_sm90_cudnn-9.12.0_v2"),
+        ("NVIDIA H200", "NVIDIA-H200_sm90_cudnn-9.12.0_v3"),
+        ("NVIDIA H200 MIG 1g.18gb", "NVIDIA-H200-MIG-1g.18gb_sm90_cudnn-9.12.0_v3"),
+        ("../../x\0\n/ä", "..-..-x-_sm90_cudnn-9.12.0_v3"),
+        ("..", ".._sm90_cudnn-9.12.0_v3"),
+        ("N" * 500, "N" * 100 + "_sm90_cudnn-9.12.0_v3"),
     ],
 )
 def test_a_folder_is_named_by_gpu_cudnn_and_format(
@@ -682,6 +684,8 @@ WRONG = {
     "candidate is a list": set_in(*FIRST, to=["legacy", "ALGO_1"]),
     "candidate with out_of_memory": set_in(*FIRST, "out_of_memory", to=True),
     "candidate without a time": without(*FIRST, "time_ms"),
+    "candidate without a time on the device": without(*FIRST, "device_ms"),
+    "time on the device is text": set_in(*FIRST, "device_ms", to="0.1"),
     "provider unknown": set_in(*FIRST, "provider", to="kernel"),
     "provider is a path": set_in(*FIRST, "provider", to="../legacy"),
     "provider is null": set_in(*FIRST, "provider", to=None),
@@ -748,7 +752,7 @@ def test_an_export_with_something_wrong_is_refused_as_a_whole(
     if label.startswith("problem of another"):
         bad["problem"]["x"] = [2, 8, 99, 17]  # not another problem, but none at all
     exported = tmp_path / "bad.json"
-    exported.write_text(json.dumps({"format": 2, "folders": {OTHER_GPU: [good, bad]}}))
+    exported.write_text(json.dumps({"format": 3, "folders": {OTHER_GPU: [good, bad]}}))
     with pytest.raises(ValueError, match=f"entry 1 of {OTHER_GPU}") as error:
         store.load(exported)
     assert len(str(error.value)) < 1000
@@ -1346,11 +1350,11 @@ def test_an_export_leaves_out_what_is_spoiled(root: Path, tmp_path: Path) -> Non
         HERE + "\n",
         "a/" + HERE,
         "a\\" + HERE,
-        "N" * 5000 + "_sm90_cudnn-9.12.0_v2",
+        "N" * 5000 + "_sm90_cudnn-9.12.0_v3",
         HERE + "0",
         HERE[:-1] + "1",
-        HERE[:-1] + "3",
-        "NVIDIA-H200_sm\u0661\u0662_cudnn-9.12.0_v2",
+        HERE[:-1] + "2",
+        "NVIDIA-H200_sm\u0661\u0662_cudnn-9.12.0_v3",
         "\ud800" + HERE,
     ],
     ids=ascii,
@@ -1362,7 +1366,7 @@ def test_an_export_with_a_hostile_folder_name_is_refused(
     store.forget()
     before = [*tmp_path.rglob("*")]
     exported = tmp_path / "hostile.json"
-    exported.write_text(json.dumps({"format": 2, "folders": {HERE: [entry], folder: [entry]}}))
+    exported.write_text(json.dumps({"format": 3, "folders": {HERE: [entry], folder: [entry]}}))
     with pytest.raises(ValueError, match=re.escape(repr(folder)[:100])):
         store.load(exported)
     assert [file for file in tmp_path.rglob("*") if file not in (*before, exported)] == []
@@ -1376,13 +1380,13 @@ def test_an_export_with_a_hostile_folder_name_is_refused(
         b"{}",
         b"[" * 100_000,
         b"\x80",
-        b'{"format": 1, "folders": {}}',
-        b'{"format": 3, "folders": {}}',
-        b'{"format": 2.0, "folders": {}}',
+        b'{"format": 2, "folders": {}}',
+        b'{"format": 4, "folders": {}}',
+        b'{"format": 3.0, "folders": {}}',
         b'{"format": true, "folders": {}}',
-        b'{"format": 2, "folders": []}',
-        b'{"format": 2, "folders": {}, "more": 1}',
-        b'{"format": 2, "folders": {"' + HERE.encode() + b'": {}}}',
+        b'{"format": 3, "folders": []}',
+        b'{"format": 3, "folders": {}, "more": 1}',
+        b'{"format": 3, "folders": {"' + HERE.encode() + b'": {}}}',
         b'{"format": ' + b"1" * 5000 + b', "folders": {}}',
     ],
     ids=lambda content: repr(content[:32]),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _HALF_TYPES = ("float16", "bfloat16")
 _REFUSALS = (CudnnBadParameterError, CudnnNotSupportedError)
+_FIRST = 2  # engines that stand before the first pass for the bias
 _PROMISING = 8  # so many engines stand before those that must be compiled first
 _COMPILED = 2  # so many of these stand before the rest
 
@@ -90,8 +91,9 @@ def gather(problem: Problem) -> list[Candidate]:
             for c in _engines(problem, "convolution_identity")
         ]
     return [
-        *plain[:_PROMISING],
+        *plain[:_FIRST],
         *passes[:1],
+        *plain[_FIRST:_PROMISING],
         *compiled[:_COMPILED],
         *plain[_PROMISING:],
         *passes[1:],

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 # Relative norms. Wrong engines are off by far more, right ones by far less.
 _TRUSTED = {"float16": 0.05, "bfloat16": 0.05, "tf32": 0.05, "float32": 1e-3, "float64": 1e-9}
 
-DOUBT = "its result is not that of the first candidate"  # begins the reason; not stored as one
-
 
 class Check:
     """Called after the first run of each candidate that is timed, with the result in place.
@@ -58,7 +56,10 @@ class Check:
             self.drop()
             return
         if math.isfinite(norm) and not error <= self._limit * norm:
-            raise ValueError(f"{DOUBT}: {error / (norm or 1):.2g} apart (relative norm)")
+            raise ValueError(
+                "its result is not that of the first candidate: "
+                f"{error / (norm or 1):.2g} apart (relative norm)"
+            )
 
 
 def _norm(tensor: Tensor) -> float:

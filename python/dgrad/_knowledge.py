@@ -137,7 +137,12 @@ def _borrowed(problem: Problem, candidates: list[Candidate]) -> Knowledge:
         if same is None or candidate.rejected is not None:
             return candidate
         if same.rejected is None:
-            return replace(candidate, time_ms=same.time_ms, skipped=same.skipped)
+            return replace(
+                candidate,
+                time_ms=same.time_ms,
+                device_ms=same.device_ms,
+                skipped=same.skipped,
+            )
         lasting = not problem.tf32 and not same.out_of_memory
         return replace(candidate, rejected=same.rejected) if lasting else candidate
 

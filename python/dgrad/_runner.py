@@ -213,30 +213,36 @@ class Runner:
         check = Check(result, problem)
         reserved = torch.cuda.memory_reserved(self._device)
         self._run_earlier(indices[0], tensors, check)
-        contestants = {
-            i: Contestant(partial(self._prepare, i, tensors, check), check) for i in indices
-        }
+        contestants: dict[int, Contestant] = {}
+
+        def enter(index: int) -> Contestant:
+            contestants[index] = Contestant(
+                partial(self._build, index), partial(self._prepare, index, tensors, check), check
+            )
+            return contestants[index]
+
+        def late() -> list[Contestant]:
+            candidates = knowledge.candidates
+            for index, contestant in contestants.items():
+                candidates[index] = replace(candidates[index], time_ms=contestant.time_ms)
+            combined = with_best_pass(candidates) if problem.bias else None
+            return [] if combined is None else [enter(knowledge.add(combined))]
+
         budget_s = policy.measure_budget if policy.selection == "measure" else None
-        measure(list(contestants.values()), budget_s, _FAILURES)
+        measure([enter(index) for index in indices], budget_s, _FAILURES, late)
         self._learn(contestants)
-        if problem.bias:
-            combined = with_best_pass(knowledge.candidates)
-            if combined is not None:
-                index = knowledge.add(combined)
-                contestants[index] = Contestant(
-                    partial(self._prepare, index, tensors, check), check
-                )
-                measure([contestants[index]], None, _FAILURES)
-                self._learn({index: contestants[index]})
         check.drop()
         if torch.cuda.memory_reserved(self._device) > reserved:
             # The allocator would keep the workspaces of all that were tried.
             torch.cuda.empty_cache()
         knowledge.source = "measured"
         knowledge.forget(policy=policy)  # what ran in a capture is chosen anew
-        errors = [contestant.error for contestant in contestants.values()]
-        if not any(isinstance(error, _PASSING) for error in errors):
-            store.write(problem, knowledge.candidates)
+        candidates = knowledge.candidates
+        for index, contestant in contestants.items():
+            if isinstance(contestant.error, _PASSING):
+                candidates[index] = replace(candidates[index], rejected=None, skipped=True)
+        if any(candidate.time_ms is not None for candidate in candidates):
+            store.write(problem, candidates)
 
     def _run_earlier(
         self, begin: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], check: Check
@@ -247,7 +253,7 @@ class Runner:
             if objection(candidate, direction, policy) is not None:
                 continue
             try:
-                run = self._prepare(index, tensors, check)
+                run = self._prepare(index, tensors, check, self._build(index))
                 if run is not None:
                     run()
                     check()
@@ -255,10 +261,18 @@ class Runner:
             except _FAILURES as error:
                 self._reject(index, error)
 
+    def _build(self, index: int) -> Plan:
+        """Make a candidate's plan, on whatever thread."""
+        with torch.cuda.device(self._device):
+            return self._make_plan(index)
+
     def _prepare(
-        self, index: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], check: Check
+        self,
+        index: int,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        check: Check,
+        plan: Plan,
     ) -> Callable[[], None] | None:
-        plan = self._make_plan(index)
         candidate = self._knowledge.candidates[index]
         if objection(candidate, self._problem.direction, self._policy) is not None:
             return None
@@ -271,7 +285,10 @@ class Runner:
                 self._reject(index, contestant.error)
             else:
                 self._knowledge.update(
-                    index, time_ms=contestant.time_ms, skipped=not contestant.reached
+                    index,
+                    time_ms=contestant.time_ms,
+                    device_ms=contestant.device_ms,
+                    skipped=not contestant.reached,
                 )
 
     def _reject(self, index: int, error: Exception) -> None:

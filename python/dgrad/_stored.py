@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import _loader
 from ._candidates import imprecision
-from ._check import DOUBT
 from .config import PROVIDERS
 from .selection import ADD, FUSED, IDENTITY, PROBLEM_FIELDS, Candidate, problem_dict
 
@@ -46,6 +45,7 @@ _CHECKS: dict[str, Any] = {  # by field of a stored candidate; type() as True is
     "deterministic": lambda value: type(value) is bool,
     "workspace_bytes": lambda value: type(value) is int and 0 <= value <= 2**60,
     "time_ms": lambda value: value is None or _is_time(value),
+    "device_ms": lambda value: value is None or _is_time(value),
     "skipped": lambda value: type(value) is bool,
     "rejected": lambda value: value is None or _is_reason(value),
     "bias": lambda value: value is None or type(value) is str,
@@ -71,13 +71,12 @@ def canonical(value: object) -> str:
 
 def durable(candidate: Candidate) -> Candidate:
     """The candidate without what holds only for the moment, and with text fit for the store."""
-    if candidate.rejected is not None and candidate.rejected.startswith(DOUBT):
-        # With other values results may agree; until "exhaustive" looks again it stays behind.
-        return replace(candidate, time_ms=None, skipped=True, rejected=None)
     if candidate.out_of_memory:
         return replace(candidate, time_ms=None, skipped=False, rejected=None, out_of_memory=False)
-    if not _is_time(candidate.time_ms):  # events can give 0 ms
+    if not _is_time(candidate.time_ms):  # a clock can say anything
         candidate = replace(candidate, time_ms=None)
+    if not _is_time(candidate.device_ms):
+        candidate = replace(candidate, device_ms=None)
     if candidate.rejected is None:
         return candidate
     text = "".join(c if c.isprintable() else " " for c in candidate.rejected[:_MAX_TEXT])

@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
 _ROUNDS = 5
+_SURE_ROUNDS = 2  # whatever the budget: a single run says little
 _SAMPLE_MS = 1.0  # a sample is so many runs back to back that it takes about this long
 _MAX_RUNS = 50
 _DROP_FACTOR = 4.0  # a candidate this much slower than the best by one run is not sampled again
 _LEAVE_FACTOR = 1.25  # by the samples of a round or more
+_BUILDERS = min(4, os.cpu_count() or 1)  # cuDNN compiles three times as fast in 4 threads as in 1
+_AHEAD = 2 * _BUILDERS  # so many are built before their turn comes
+
+# Below this time of one run the host may be what limits, and hide what the device takes.
+_HOST_MS = 0.1
+CLOSE = 1.1  # candidates this close are then told apart by their time on the device
+_DEVICE_RUNS = 10
+_DEVICE_SAMPLES = 3
+_CYCLES_PER_MS = 2_000_000  # at least, of any GPU's clock
+
+Errors = tuple[type[Exception], ...]
 
 
 class Contestant:
     """One candidate while it is timed.
 
-    ``prepare`` gives what queues its work once on the current stream, or None if it turned out
-    not to be wanted. It is called when its turn comes: it may compile. ``check`` is called after
-    the first run and raises if the result is not to be trusted.
+    Args:
+        build: makes what is to be run. It may take a second, and is called in a thread of its own.
+        prepare: gets that when its turn comes; gives what queues the work once on the current
+            stream, or None if it turned out not to be wanted.
+        check: called after the first run; raises if the result is not to be trusted.
     """
 
     def __init__(
         self,
-        prepare: Callable[[], Callable[[], None] | None],
+        build: Callable[[], Any],
+        prepare: Callable[[Any], Callable[[], None] | None],
         check: Callable[[], None] = lambda: None,
     ) -> None:
+        self.build = build
         self.prepare = prepare
         self.check = check
         self.reached = False
         self.run: Callable[[], None] | None = None
         self.samples_ms: list[float] = []
+        self.device_samples_ms: list[float] = []
         self.error: Exception | None = None
 
     def fail(self, error: Exception) -> None:
@@ -43,9 +64,17 @@ class Contestant:
     @property
     def time_ms(self) -> float | None:
         """The median of one run in milliseconds, None if it was not timed or failed."""
-        if self.error is not None or not self.samples_ms:
+        return self._median(self.samples_ms)
+
+    @property
+    def device_ms(self) -> float | None:
+        """The same without the host's share; None where that was not asked for."""
+        return self._median(self.device_samples_ms)
+
+    def _median(self, samples_ms: list[float]) -> float | None:
+        if self.error is not None or not samples_ms:
             return None
-        return max(statistics.median(self.samples_ms), 1e-6)  # events can give 0
+        return max(statistics.median(samples_ms), 1e-6)  # events can give 0
 
     def sample(self, runs: int) -> float:
         """Milliseconds of one of ``runs`` runs back to back."""
@@ -59,16 +88,27 @@ class Contestant:
         end.synchronize()
         return float(start.elapsed_time(end)) / runs
 
+    def sample_device(self) -> float:
+        """The same on the device alone: it is held back until the host has queued all runs."""
+        hold_ms = 2 * _DEVICE_RUNS * (self.time_ms or 0.0)
+        torch.cuda._sleep(int(hold_ms * _CYCLES_PER_MS))
+        return self.sample(_DEVICE_RUNS)
+
 
 def measure(
-    contestants: list[Contestant], budget_s: float | None, errors: tuple[type[Exception], ...]
+    contestants: Sequence[Contestant],
+    budget_s: float | None,
+    errors: Errors,
+    late: Callable[[], Sequence[Contestant]] = tuple,
 ) -> None:
     """Time the contestants, in rounds of shuffled order, until each has its samples.
 
     Runs lie back to back between two events, so that the host's share counts where it is what
-    limits. A contestant that raises one of ``errors`` keeps the error and leaves; after each
-    round those leave that are far behind. When ``budget_s`` seconds are spent no further one is
-    begun: those not reached stay without a time. The current stream alone is waited for.
+    limits; those that are close then get their time on the device too. A contestant that raises
+    one of ``errors`` keeps the error and leaves; after each round those leave that are far behind.
+    When ``budget_s`` seconds are spent no further one is begun: those not reached stay without a
+    time. ``late`` is asked, when all have their times, for more to join the best. The current
+    stream alone is waited for.
     """
     begin = time.perf_counter()
     # Its own generator: the program's random numbers stay as they are.
@@ -77,39 +117,60 @@ def measure(
     def spent() -> bool:
         return budget_s is not None and time.perf_counter() - begin > budget_s
 
-    for contestant in contestants:  # the promising ones come first
-        if spent():
-            break
-        contestant.reached = True
-        try:
-            contestant.run = contestant.prepare()
-            if contestant.run is not None:
-                contestant.sample(1)  # loads kernels; tells nothing about the next run
-                contestant.check()
-                contestant.samples_ms = [contestant.sample(1)]
-        except errors as error:
-            contestant.fail(error)
-    timed = _within(_DROP_FACTOR, contestants)
-    if len(timed) > 1:
-        _sample_in_rounds(timed, order, spent, errors)
+    _begin(contestants, spent, errors)
+    timed = _sample_in_rounds(_within(_DROP_FACTOR, contestants), order, spent, errors)
+    joined = late()
+    if joined:
+        _begin(joined, lambda: False, errors)
+        timed = _within(_DROP_FACTOR, [*timed, *joined])
+        timed = _sample_in_rounds(timed, order, spent, errors)
+    _sample_device(_within(CLOSE, timed), order, errors)
 
 
-def _within(factor: float, contestants: list[Contestant]) -> list[Contestant]:
+def _begin(contestants: Sequence[Contestant], spent: Callable[[], bool], errors: Errors) -> None:
+    """Build each, and run it twice: for a first look at its time."""
+    waiting = iter(contestants)  # the promising ones come first
+    begun: deque[tuple[Contestant, Future[Any]]] = deque()
+    pool = ThreadPoolExecutor(_BUILDERS, "dgrad-build")
+    try:
+        while True:
+            while len(begun) < _AHEAD and not spent():
+                contestant = next(waiting, None)
+                if contestant is None:
+                    break
+                contestant.reached = True
+                begun.append((contestant, pool.submit(contestant.build)))
+            if not begun:
+                return
+            contestant, built = begun.popleft()
+            try:
+                contestant.run = contestant.prepare(built.result())
+                if contestant.run is not None:
+                    contestant.sample(1)  # loads kernels; tells nothing about the next run
+                    contestant.check()
+                    contestant.samples_ms = [contestant.sample(1)]
+            except errors as error:
+                contestant.fail(error)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _within(factor: float, contestants: Iterable[Contestant]) -> list[Contestant]:
     """Those that are not slower than the best by more than a factor."""
-    times = {id(c): time_ms for c in contestants if (time_ms := c.time_ms) is not None}
-    limit = factor * min(times.values(), default=0.0)
-    return [c for c in contestants if id(c) in times and times[id(c)] <= limit]
+    timed = [(time_ms, c) for c in contestants if (time_ms := c.time_ms) is not None]
+    limit = factor * min((time_ms for time_ms, _ in timed), default=0.0)
+    return [c for time_ms, c in timed if time_ms <= limit]
 
 
 def _sample_in_rounds(
-    timed: list[Contestant],
-    order: random.Random,
-    spent: Callable[[], bool],
-    errors: tuple[type[Exception], ...],
-) -> None:
+    timed: list[Contestant], order: random.Random, spent: Callable[[], bool], errors: Errors
+) -> list[Contestant]:
+    """Those that were in the last round."""
+    if len(timed) < 2:
+        return timed
     first = {id(c): c.samples_ms[0] for c in timed}
     for number in range(_ROUNDS):
-        if spent():
+        if number >= _SURE_ROUNDS and spent():
             break
         for contestant in order.sample(timed, len(timed)):
             runs = max(1, min(_MAX_RUNS, round(_SAMPLE_MS / max(first[id(contestant)], 1e-3))))
@@ -122,3 +183,17 @@ def _sample_in_rounds(
                 contestant.samples_ms.clear()  # a single run says less than many back to back
             contestant.samples_ms.append(sample_ms)
         timed = _within(_LEAVE_FACTOR, timed)
+    return timed
+
+
+def _sample_device(close: list[Contestant], order: random.Random, errors: Errors) -> None:
+    """Time those that the host may make look alike, on the device alone."""
+    if len(close) < 2 or min(c.time_ms or 0.0 for c in close) > _HOST_MS:
+        return
+    for _ in range(_DEVICE_SAMPLES):
+        for contestant in order.sample(close, len(close)):
+            if contestant.error is None:
+                try:
+                    contestant.device_samples_ms.append(contestant.sample_device())
+                except errors as error:
+                    contestant.fail(error)

@@ -54,10 +54,17 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
                     self.dilation,  # type: ignore[arg-type]
                 )
             )
+        weight: Tensor | None
+        bias: Tensor | None
+        own = self._parameters
+        if "weight" in own and "bias" in own:  # self.weight looks everywhere else first
+            weight, bias = own["weight"], own["bias"]
+        else:  # a parametrization, for example, stands in their place
+            weight, bias = self.weight, self.bias
         return conv_transpose2d(
             input,
-            self.weight,
-            self.bias,
+            weight,  # type: ignore[arg-type]
+            bias,
             self.stride,
             self.padding,  # type: ignore[arg-type]
             output_padding,

@@ -15,12 +15,14 @@ from . import _loader
 from ._cache import BoundedCache
 from ._knowledge import Knowledge, everything, forget_all
 from .config import Policy
+from .measure import CLOSE
 from .selection import Candidate, Selection, format_bytes
 
 if TYPE_CHECKING:
     from ._core import ReadyCall, ReadyCalls
 
 _NOISE = 1.01  # times this close are the same time
+_HOST_NOISE = 1.03  # the host's share varies more
 
 
 class PlanCache(BoundedCache[Any, Any]):
@@ -111,23 +113,41 @@ def preference(candidates: list[Candidate], direction: str, policy: Policy) -> l
     """The candidates that may run, best first."""
     usable = [i for i, c in enumerate(candidates) if objection(c, direction, policy) is None]
     wanted = policy.wanted(direction)
-    times = {i: candidates[i].time_ms for i in usable}
-    known = {i: time for i, time in times.items() if time is not None}
-    best = min(known.values(), default=0.0)
+    alike = _alike(candidates, usable)
 
     def rank(i: int) -> tuple[float, ...]:
-        candidate, time = candidates[i], known.get(i)
+        candidate, time = candidates[i], candidates[i].time_ms
         place = _place(candidate, wanted) or 0
         if policy.selection == "heuristic":
             return place, i
         if time is None:
             return place, 2, i
-        if time > best * _NOISE:
+        if i not in alike:
             return place, 1, time
-        # Within the noise the deterministic one and then the smaller workspace wins.
+        # Between equals the deterministic one and then the smaller workspace wins.
         return place, 0, not candidate.deterministic, candidate.workspace_bytes, i
 
     return sorted(usable, key=rank)
+
+
+def _alike(candidates: list[Candidate], usable: list[int]) -> list[int]:
+    """The fastest, and those that times do not tell from it.
+
+    Where times were taken on the device too, these decide between those that are close with the
+    host's share: what a CUDA graph replays costs the device alone.
+    """
+    by_device = {i: d for i in usable if (d := candidates[i].device_ms) is not None}
+    times = {i: t for i in usable if (t := candidates[i].time_ms) is not None}
+    close = _within(CLOSE, times)
+    if len(close) > 1 and all(i in by_device for i in close):
+        fastest = _within(_NOISE, {i: by_device[i] for i in close})
+        return _within(_HOST_NOISE, {i: times[i] for i in fastest})
+    return _within(_NOISE, times)
+
+
+def _within(factor: float, times: dict[int, float]) -> list[int]:
+    limit = factor * min(times.values(), default=0.0)
+    return [i for i, time in times.items() if time <= limit]
 
 
 def selection_of(knowledge: Knowledge, policy: Policy, chosen: int, source: str) -> Selection:

@@ -64,7 +64,9 @@ class Candidate:
         math_type: cuDNN's math type, for example "TENSOR_OP_MATH"; "FMA_MATH" is true float32.
         deterministic: whether cuDNN promises the same bits at each run.
         workspace_bytes: scratch memory that it takes, in bytes.
-        time_ms: measured time of one run in milliseconds, or None.
+        time_ms: measured time of one run of many back to back in milliseconds, or None.
+        device_ms: that time without the host's share; measured where the host may be what limits
+            and the candidate is close to the best, else None.
         skipped: whether the budget was spent before its turn to be timed.
         rejected: why it cannot run at all, or None.
         out_of_memory: whether the reason is memory that could not be had.
@@ -78,6 +80,7 @@ class Candidate:
     deterministic: bool
     workspace_bytes: int
     time_ms: float | None = None
+    device_ms: float | None = None
     skipped: bool = False
     rejected: str | None = None
     out_of_memory: bool = False
@@ -98,6 +101,13 @@ class Candidate:
             self.bias, f" + bias {self.bias}"
         )
         return f"{self.name} ({self.math_type}){bias}"
+
+
+def _percent_slower(time_ms: float, than_ms: float) -> str:
+    percent = (time_ms / than_ms - 1) * 100
+    if percent < 0:
+        return f"{-percent:.1f} % faster"
+    return f"{percent:.1f} % slower" if percent < 1000 else f"{percent / 100 + 1:.0f} times"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +157,11 @@ class Selection:
         """How the candidate's time compares with the chosen one's, where both are known."""
         if candidate.time_ms is None or self.candidate.time_ms is None:
             return None
-        percent = (candidate.time_ms / self.candidate.time_ms - 1) * 100
-        if percent < 0:
-            return f"{-percent:.1f} % faster"
-        return f"{percent:.1f} % slower" if percent < 1000 else f"{percent / 100 + 1:.0f} times"
+        slower = _percent_slower(candidate.time_ms, self.candidate.time_ms)
+        if candidate.device_ms is None or self.candidate.device_ms is None:
+            return slower
+        on_device = _percent_slower(candidate.device_ms, self.candidate.device_ms)
+        return f"{on_device} on the device, {slower} with the host's share"
 
     def _runner_up(self) -> str:
         others = [
@@ -162,7 +173,7 @@ class Selection:
         ]
         if not others or self.candidate.time_ms is None:
             return ""
-        second = min(others, key=lambda candidate: candidate.time_ms or 0.0)
+        second = min(others, key=lambda c: (c.device_ms is None, c.device_ms or c.time_ms))
         return f", next {second} {self._slower(second)}"
 
     def _over_limit(self) -> str:
@@ -209,13 +220,22 @@ class Selection:
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of text, the header first: one row for each candidate."""
-        header = ("candidate", "layout", "workspace", "time", "deterministic", "verdict")
+        header = (
+            "candidate",
+            "layout",
+            "workspace",
+            "time",
+            "device",
+            "deterministic",
+            "verdict",
+        )
         rows = [
             (
                 str(candidate),
                 self.problem.layout,
                 format_bytes(candidate.workspace_bytes),
                 "" if candidate.time_ms is None else format_ms(candidate.time_ms),
+                "" if candidate.device_ms is None else format_ms(candidate.device_ms),
                 "yes" if candidate.deterministic else "no",
                 verdict,
             )

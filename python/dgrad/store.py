@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     Candidates = builtins.list[Candidate]
 
-_FORMAT = 2  # another one where a stored candidate gets another meaning
+_FORMAT = 3  # another one where a stored candidate gets another meaning
 _FOLDER = re.compile(rf"[A-Za-z0-9.-]{{1,100}}_sm[0-9]{{2,4}}_cudnn-[0-9.]{{5,20}}_v{_FORMAT}")
 _FILE = re.compile(r"[0-9a-f]{32}\.json")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.json\.[0-9a-f]{16}\.tmp")
