@@ -57,11 +57,6 @@ void* storage_address(const py::object& storage) {
     return PyLong_AsVoidPtr(call_method(storage, data_ptr).ptr());
 }
 
-bool is_negative(const py::object& tensor) {
-    static const py::str& is_neg = interned("is_neg");
-    return !call_method(tensor, is_neg).is(py::bool_(false));
-}
-
 // Nothing here runs Python code, so no signal handler does either.
 void add_over_channels(const py::object& tensor, const py::object& bias) {
     static const py::str& view = interned("view");
@@ -132,18 +127,18 @@ bool ReadyCalls::add_facts(const py::object& object, Key* key) const {
     if (std::find(begin, end, type) == end) return false;
     dlpack::Tensor tensor{};
     if (exchange_->tensor_from_py_object(object.ptr(), &tensor) != 0) return no();
-    // A negative view shares all that is read here with what it is the negative of.
-    if (is_negative(object)) return false;
     const auto dims = static_cast<std::size_t>(tensor.ndim);
-    // A null address is of a tensor without memory, such as one of zeros.
+    // A null address is of a tensor without memory, such as one of zeros. A negative view shares
+    // all that is read here with what it is the negative of; PyTorch makes them of imaginary parts,
+    // which are never aligned, and to ask each tensor would give the GIL to other threads.
     if (tensor.device_type != dlpack::cuda || tensor.strides == nullptr || tensor.data == nullptr ||
-        dims > 4 || key->count + 2 * dims + 2 > most_facts) {
+        reinterpret_cast<std::uintptr_t>(address(tensor)) % alignment != 0 || dims > 4 ||
+        key->count + 2 * dims + 2 > most_facts) {
         return false;
     }
     const auto add = [key](std::int64_t fact) { key->facts[key->count++] = fact; };
     add(tensor.ndim | tensor.device_id << 8);
-    add(tensor.type_code | tensor.type_bits << 8 |
-        (reinterpret_cast<std::uintptr_t>(address(tensor)) % alignment == 0) << 16);
+    add(tensor.type_code | tensor.type_bits << 8);
     for (std::size_t i = 0; i < dims; ++i) {
         add(tensor.shape[i]);
         add(tensor.strides[i]);

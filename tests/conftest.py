@@ -18,6 +18,7 @@ import torch
 import dgrad
 from code_hash import code_hash
 from dgrad import config as dgrad_config
+from dgrad import measure
 from dgrad._layers import DIRECTIONS
 from dgrad.bench import environment
 from dgrad.config import PROVIDERS
@@ -27,7 +28,7 @@ _TESTS = Path(__file__).resolve().parent
 _RESULTS = _TESTS / "results"
 _DEFAULT_SEED = 20260117
 _MEASURE_BUDGET_S = 0.004  # of a problem
-_USUAL_S = 0.3  # what a gpu test takes that is not marked
+_USUAL_S = 0.5  # what a gpu test takes that is not marked
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,7 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--provider",
         choices=PROVIDERS,
-        help="let only this provider's candidates run in the gpu tests that force none",
+        help="let only this provider's candidates run in the gpu tests that force none; tests "
+        "whose processes it does not reach are left out",
     )
     group.addoption(
         "--part",
@@ -113,6 +115,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         alone = [item for item in items if "swept" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in alone])
         items[:] = alone
+    if config.getoption("provider") is not None:
+        items[:] = [item for item in items if item.get_closest_marker("processes") is None]
     part = config.getoption("part")
     if part is not None:
         of_gpu = [item for item in items if item.get_closest_marker("gpu") is not None]
@@ -196,12 +200,15 @@ def _switches_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _chosen_fast(request: pytest.FixtureRequest, _switches_as_before: None) -> None:
+def _chosen_fast(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _switches_as_before: None
+) -> None:
     """The gpu tests meet thousands of problems: little time for each, and what --provider says."""
     if request.node.get_closest_marker("gpu") is not None:
         provider = request.config.getoption("provider")
         algorithm = dict.fromkeys(DIRECTIONS, provider) if provider else None
         dgrad.set_flags(measure_budget=_MEASURE_BUDGET_S, algorithm=algorithm)
+        monkeypatch.setattr(measure, "_AHEAD", 2)
 
 
 # --- the record of a gpu run --------------------------------------------------------------------

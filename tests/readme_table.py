@@ -63,7 +63,7 @@ def host_table(record: dict[str, Any]) -> str:
     lines = ["| tiny layer | bias | PyTorch, us | dgrad, us | ratio |", "|---|---|---|---|---|"]
     lines += [
         f"| {case['call']} | {'yes' if case['bias'] else 'no'} | {case['pytorch_us']:.1f} | "
-        f"{case['dgrad_us']:.1f} | {case['ratio']:.1f} |"
+        f"{case['dgrad_us']:.1f} | {case['ratio']:.2f} |"
         for case in record["cases"]
         if case["layer"] == "tiny"
     ]

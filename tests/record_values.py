@@ -3,18 +3,20 @@
 python tests/record_values.py --out tests/results/values-h200.json
 
 A kernel that faults ends its process, so candidates run in child processes that say what they
-begin: one that dies is recorded, and the next child goes on behind it. Candidates that dgrad
-leaves out for their precision are run too: this is where the reasons come from.
+begin: one that dies is recorded, and the next child goes on behind it. Some work at once, each on
+every n-th trial. Candidates that dgrad leaves out for their precision are run too: this is where
+the reasons come from.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from reference import TOLERANCES, Case, Expected, arguments, errors, expected, r
 
 _SEED = 20261121
 _RANDOM = 40
+_CHILDREN = 6
 _COMPILED = 2  # so many of a problem's engines that cuDNN compiles, a tenth of a second each
 _LARGER = (  # of real models, cut down
     Case(4, 32, 32, (48, 48), (7, 7), padding=(3, 3)),
@@ -136,11 +139,11 @@ class Trial:
 
 
 def _child(start: int, skip: int) -> None:
-    """Run all from trial ``start``, candidate ``skip``; one line before each, one after."""
+    """Run every ``_CHILDREN``-th trial from ``start``, its first candidate being ``skip``; one line
+    before each candidate, one after."""
     jobs = [(case, direction) for case in cases() for direction in OUTPUT]
-    for number, (case, direction) in enumerate(jobs):
-        if number < start:
-            continue
+    for number in range(start, len(jobs), _CHILDREN):
+        case, direction = jobs[number]
         trial = Trial(case, direction)
         for index, candidate in enumerate(trial.candidates):
             if number == start and index < skip:
@@ -159,8 +162,10 @@ def _child(start: int, skip: int) -> None:
     print(json.dumps({"finished": len(jobs)}), flush=True)
 
 
-def _run_all() -> Iterator[dict[str, Any]]:
-    start = skip = 0
+def _run_share(first: int) -> list[dict[str, Any]]:
+    """What comes of every ``_CHILDREN``-th trial from the first."""
+    runs: list[dict[str, Any]] = []
+    start, skip = first, 0
     while True:
         command = [sys.executable, __file__, "--child", str(start), str(skip)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -173,19 +178,19 @@ def _run_all() -> Iterator[dict[str, Any]]:
                 begun = message["begin"]
             elif "end" in message:
                 assert begun is not None
-                yield begun | message["end"]
+                runs.append(begun | message["end"])
                 begun = None
             else:
                 finished = True
         _, complaint = child.communicate()
         if finished:
-            return
+            return runs
         if begun is None:
             raise RuntimeError(f"a child ended before it began anything:\n{complaint[-2000:]}")
         words = [line for line in complaint.splitlines() if "CUDA error" in line]
         fault = words[0] if words else f"exit code {child.returncode}"
         print(json.dumps(begun | {"fault": fault}), file=sys.stderr, flush=True)
-        yield begun | {"fault": fault}
+        runs.append(begun | {"fault": fault})
         start, skip = begun["trial"], begun["index"] + 1
 
 
@@ -232,7 +237,10 @@ def main() -> int:
     if options.child:
         _child(*options.child)
         return 0
-    summary = _summary(list(_run_all()))
+    with ThreadPoolExecutor(_CHILDREN) as pool:
+        shares = list(pool.map(_run_share, range(_CHILDREN)))
+    runs = sorted(itertools.chain(*shares), key=lambda run: (run["trial"], run["index"]))
+    summary = _summary(runs)
     versions = environment.versions()
     versions.pop("cudnn_path")
     meta = {

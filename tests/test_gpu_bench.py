@@ -12,7 +12,7 @@ import torch
 
 from dgrad.cli import main
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.processes]
 
 # Large enough that the floor is far above a launch, small enough for any GPU.
 LAYERS: list[dict[str, Any]] = [

@@ -131,6 +131,8 @@ def test_tune_measures_a_model_once(
     assert measured == []
 
 
+@pytest.mark.processes
+@pytest.mark.seconds(8)
 def test_a_log_validates_and_can_be_tuned(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

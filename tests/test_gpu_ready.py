@@ -101,7 +101,8 @@ CHANGES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "kernel": lambda x, w, b: ((x, w[..., :2].contiguous(), b), {"stride": 2}),
     "weight's strides": lambda x, w, b: ((x, w.transpose(2, 3), b), {"stride": 2}),
     "expanded bias": lambda x, w, b: ((x, w, b[:1].expand(6)), {"stride": 2}),
-    "negative view": lambda x, w, b: ((torch._neg_view(x), w, b), {"stride": 2}),
+    "negative view": lambda x, w, b: ((torch.complex(x, x).conj().imag, w, b), {"stride": 2}),
+    "view of an imaginary part": lambda x, w, b: ((torch.complex(x, x).imag, w, b), {"stride": 2}),
     "dtype": lambda x, w, b: (tuple(t.half() for t in (x, w, b)), {"stride": 2}),
 }
 

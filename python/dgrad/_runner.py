@@ -126,7 +126,7 @@ class Runner:
         )
         if how == ADD:
             assert bias is not None
-            x.add_(bias.detach().view(1, -1, 1, 1))
+            x.add_(bias.view(1, -1, 1, 1))
 
     def ready(self, make_out: Callable[[Tensor], Tensor], recipe: object) -> ReadyCall | None:
         """What native code needs to run this as it last ran, or None if that is not settled."""

@@ -262,19 +262,23 @@ _tf32_switch: Callable[[], object] = (
 )
 
 
+_cudnn_enabled = torch._C._get_cudnn_enabled
+_cudnn_deterministic = torch._C._get_cudnn_deterministic
+_deterministic_algorithms = torch._C._get_deterministic_algorithms
+
+
 def switches(layer: Flags | None) -> tuple[object, ...]:
     """All outside its arguments that decides what a call runs, as fast as can be.
 
     Who keeps the tuple must keep ``layer`` and :func:`current` too, which are in it by identity.
     """
-    c = torch._C
     return (
         id(layer),
         id(_flags),
         _tf32_switch(),
-        c._get_cudnn_enabled(),
-        c._get_cudnn_deterministic(),
-        c._get_deterministic_algorithms(),
+        _cudnn_enabled(),
+        _cudnn_deterministic(),
+        _deterministic_algorithms(),
     )
 
 

@@ -21,6 +21,13 @@ from .planner import plan_cache
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
+# Each call asks these: the way to them would take as long as they do.
+_tracing_state = torch._C._get_tracing_state
+_functorch_stack = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_any_autocast = torch._C._is_any_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
+
 
 class _Prepared(NamedTuple):
     """What a call with these arguments comes to, worked out once."""
@@ -75,16 +82,16 @@ def conv_transpose2d(
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _functorch_stack() is not None
+        or _dispatch_modes() > 0
     ):
         reason = "compiling, tracing, forward-mode AD, torch.func or a dispatch mode is at work"
         return _pytorch(
             flags, reason, input, weight, bias, stride, padding, output_padding, groups, dilation
         )
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cuda"):
+    if _any_autocast() and torch.is_autocast_enabled("cuda"):
         input, weight = _autocast(input), _autocast(weight)
         bias = None if bias is None else _autocast(bias)
     if flags is not None:
@@ -141,7 +148,7 @@ def conv_transpose2d(
 
 def _records(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd records the call; what is no tensor is told of elsewhere."""
-    if not torch.is_grad_enabled():
+    if not _grad_enabled():
         return False
     try:
         return (

@@ -1,7 +1,8 @@
 """What a call costs the host, against PyTorch's own: `python -m dgrad.bench.host --out FILE`.
 
 Both run in one process, in alternating rounds. The problems are so small, or the rounds so short,
-that the GPU keeps up: what is timed is the time until the call returns.
+that the GPU keeps up: what is timed is the time until the call returns. With several threads, each
+on a stream of its own, it is the time of a round until the GPU has finished, by all its calls.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import argparse
 import json
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,9 @@ LAYERS: dict[str, tuple[int, int, int, int, int, int, int, int]] = {
 }
 _CALLS = 100  # of one round; few enough for the queue of the GPU
 _ROUNDS = 30
+_THREADS = 8
+
+Round = Callable[[Callable[[], object]], list[float]]
 
 
 def _round(call: Callable[[], object]) -> list[float]:
@@ -46,14 +52,42 @@ def _round(call: Callable[[], object]) -> list[float]:
     return samples
 
 
-def compare_host(ours: Callable[[], object], theirs: Callable[[], object]) -> dict[str, float]:
+class _Threads:
+    """Threads that call at once, each on a CUDA stream of its own."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS, initializer=self._begin)
+        self._ready = threading.Barrier(_THREADS)
+
+    def _begin(self) -> None:
+        torch.cuda.set_stream(torch.cuda.Stream())
+
+    def round(self, call: Callable[[], object]) -> list[float]:
+        """Microseconds of a round by its calls."""
+        torch.cuda.synchronize()
+        begin = time.perf_counter_ns()
+        for done in [self._pool.submit(self._calls, call) for _ in range(_THREADS)]:
+            done.result()
+        torch.cuda.synchronize()
+        return [(time.perf_counter_ns() - begin) / 1e3 / (_THREADS * _CALLS)]
+
+    def _calls(self, call: Callable[[], object]) -> None:
+        self._ready.wait()  # no thread takes the work of two
+        with torch.no_grad():
+            for _ in range(_CALLS):
+                call()
+
+
+def compare_host(
+    ours: Callable[[], object], theirs: Callable[[], object], round_: Round = _round
+) -> dict[str, float]:
     """Median and 99th percentile of both calls in microseconds; the ratio is of the medians."""
     for call in (ours, theirs):
-        _round(call)
+        round_(call)
     times: dict[str, list[float]] = {"dgrad": [], "pytorch": []}
     for _ in range(_ROUNDS):
-        times["dgrad"] += _round(ours)
-        times["pytorch"] += _round(theirs)
+        times["dgrad"] += round_(ours)
+        times["pytorch"] += round_(theirs)
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     return {
         **{f"{name}_us": value for name, value in medians.items()},
@@ -67,6 +101,7 @@ def compare_host(ours: Callable[[], object], theirs: Callable[[], object]) -> di
 
 def _cases() -> list[dict[str, Any]]:
     cases = []
+    threads = _Threads()
     for name, (n, c_in, h, w, c_out, k, stride, padding) in LAYERS.items():
         for bias in (False, True):
             layer = torch.nn.ConvTranspose2d(
@@ -79,13 +114,14 @@ def _cases() -> list[dict[str, Any]]:
                 for call in (dgrad.conv_transpose2d, F.conv_transpose2d)
             ]
             modules = [partial(module, x) for module in (ours, layer)]
-            for kind, calls, recording in (
-                ("function", functions, False),
-                ("module", modules, False),
-                ("module, recording", modules, True),
+            for kind, calls, recording, round_ in (
+                ("function", functions, False, _round),
+                ("module", modules, False, _round),
+                ("module, recording", modules, True, _round),
+                (f"function, {_THREADS} threads", functions, False, threads.round),
             ):
                 with torch.set_grad_enabled(recording):
-                    result = compare_host(*calls)
+                    result = compare_host(calls[0], calls[1], round_)
                 cases.append({"layer": name, "bias": bias, "call": kind, **result})
     return cases
 
@@ -112,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     for case in cases:
         print(
-            f"{case['layer']:<16} {case['call']:<18} bias {case['bias']!s:<5} "
+            f"{case['layer']:<16} {case['call']:<20} bias {case['bias']!s:<5} "
             f"dgrad {case['dgrad_us']:6.1f} us, PyTorch {case['pytorch_us']:6.1f} us, "
             f"ratio {case['ratio']:.2f}"
         )
