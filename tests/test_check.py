@@ -128,6 +128,28 @@ def test_large_numbers_of_a_half_type_do_not_overflow_the_check() -> None:
         check()
 
 
+def test_what_overflows_in_one_engine_alone_is_no_fault() -> None:
+    result = torch.full((64, 64), 6.4e4, dtype=torch.float16)
+    check = check_of(result, "float16")
+    check()
+    result[0, 0] = float("inf")
+    check()
+    result[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not that of the first candidate"):
+        check()
+
+
+def test_what_underflows_in_one_engine_alone_is_no_fault() -> None:
+    result = torch.zeros((64, 64), dtype=torch.float16)
+    check = check_of(result, "float16")
+    check()
+    result.fill_(3e-5)
+    check()
+    result.fill_(1e-3)
+    with pytest.raises(ValueError, match="not that of the first candidate"):
+        check()
+
+
 def test_without_memory_for_a_copy_nothing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> Any:
         raise TorchOutOfMemoryError("CUDA out of memory")

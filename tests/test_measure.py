@@ -338,6 +338,47 @@ def test_late_ones_join_the_best_when_these_have_their_times(device: Device) -> 
     assert after.count("b") == 0
 
 
+@pytest.mark.parametrize("broken", ["pool", "thread's build"])
+def test_where_no_thread_can_build_the_caller_does(
+    device: Device, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    caller = threading.get_ident()
+
+    def elsewhere(real: Callable[[], Any]) -> Callable[[], Any]:
+        def build() -> Any:
+            if threading.get_ident() != caller:
+                raise Failure("no handle on this thread")
+            return real()
+
+        return build
+
+    def submit(*_: object) -> Any:
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    contestants = [device.contestant("a", 1.0), device.contestant("b", 1.5)]
+    if broken == "pool":
+        monkeypatch.setattr(measuring.ThreadPoolExecutor, "submit", submit)
+    else:
+        for contestant in contestants:
+            contestant.build = elsewhere(contestant.build)
+    assert time(contestants) == [1.0, 1.5]
+
+
+def test_the_first_look_at_slow_ones_is_repeated(device: Device) -> None:
+    disturbed = device.contestant("a", lambda run: 5.0 if run == 1 else 1.0)
+    assert time([disturbed, device.contestant("b", 1.0)]) == [1.0, 1.0]
+    assert rounds(disturbed) == ROUNDS
+
+
+def test_long_runs_that_were_built_within_the_budget_do_not_spend_more(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_AHEAD", 4)
+    contestants = [device.contestant(str(i), 100.0) for i in range(4)]
+    assert time(contestants, budget_s=0.15) == [100.0, None, None, None]
+    assert [each.reached for each in contestants] == [True, False, False, False]
+
+
 def test_builds_run_ahead_in_threads_and_stop_with_the_budget(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,7 @@ def with_best_pass(candidates: Sequence[Candidate]) -> Candidate | None:
     best = _fastest([c for c in timed if c.bias == ADD] or timed)
     bias = _fastest(max(by_engine.values(), key=len)).bias
     known = {(c.engine, c.bias) for c in candidates}
-    wanted = replace(best, bias=bias, time_ms=None)
+    wanted = replace(best, bias=bias, time_ms=None, device_ms=None, skipped=False)
     return None if (wanted.engine, bias) in known else wanted
 
 

@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,7 @@ _SAMPLE_MS = 1.0  # a sample is so many runs back to back that it takes about th
 _MAX_RUNS = 50
 _DROP_FACTOR = 4.0  # a candidate this much slower than the best by one run is not sampled again
 _LEAVE_FACTOR = 1.25  # by the samples of a round or more
-_BUILDERS = min(4, os.cpu_count() or 1)  # cuDNN compiles three times as fast in 4 threads as in 1
+_BUILDERS = min(4, len(os.sched_getaffinity(0)))  # more compile no faster in cuDNN
 _AHEAD = 2 * _BUILDERS  # so many are built before their turn comes
 
 # Below this time of one run the host may be what limits, and hide what the device takes.
@@ -27,9 +27,14 @@ _HOST_MS = 0.1
 CLOSE = 1.1  # candidates this close are then told apart by their time on the device
 _DEVICE_RUNS = 10
 _DEVICE_SAMPLES = 3
-_CYCLES_PER_MS = 2_000_000  # at least, of any GPU's clock
+_CYCLES_PER_MS = 3_000_000  # no GPU's clock is faster
+_LONG_MS = 10.0  # of such runs few are enough
 
 Errors = tuple[type[Exception], ...]
+
+
+class _NoThreadError(Exception):
+    """Nothing was built."""
 
 
 class Contestant:
@@ -107,8 +112,9 @@ def measure(
     limits; those that are close then get their time on the device too. A contestant that raises
     one of ``errors`` keeps the error and leaves; after each round those leave that are far behind.
     When ``budget_s`` seconds are spent no further one is begun: those not reached stay without a
-    time. ``late`` is asked, when all have their times, for more to join the best. The current
-    stream alone is waited for.
+    time. Of long runs, those that were only built by then are not reached either. ``late`` is
+    asked, when all have their times, for more to join the best. The current stream alone is waited
+    for.
     """
     begin = time.perf_counter()
     # Its own generator: the program's random numbers stay as they are.
@@ -118,6 +124,7 @@ def measure(
         return budget_s is not None and time.perf_counter() - begin > budget_s
 
     _begin(contestants, spent, errors)
+    _look_again(contestants, errors)
     timed = _sample_in_rounds(_within(_DROP_FACTOR, contestants), order, spent, errors)
     joined = late()
     if joined:
@@ -139,12 +146,16 @@ def _begin(contestants: Sequence[Contestant], spent: Callable[[], bool], errors:
                 if contestant is None:
                     break
                 contestant.reached = True
-                begun.append((contestant, pool.submit(contestant.build)))
+                begun.append((contestant, _submit(pool, contestant)))
             if not begun:
                 return
             contestant, built = begun.popleft()
+            fastest = _fastest_ms(contestants)
+            if spent() and fastest is not None and (built.cancel() or fastest > _LONG_MS):
+                contestant.reached = False
+                continue
             try:
-                contestant.run = contestant.prepare(built.result())
+                contestant.run = contestant.prepare(_result(built, contestant, errors))
                 if contestant.run is not None:
                     contestant.sample(1)  # loads kernels; tells nothing about the next run
                     contestant.check()
@@ -155,11 +166,43 @@ def _begin(contestants: Sequence[Contestant], spent: Callable[[], bool], errors:
         pool.shutdown(cancel_futures=True)
 
 
-def _within(factor: float, contestants: Iterable[Contestant]) -> list[Contestant]:
+def _submit(pool: ThreadPoolExecutor, contestant: Contestant) -> Future[Any]:
+    try:
+        return pool.submit(contestant.build)
+    except RuntimeError:  # the interpreter is ending, or there is no thread to be had
+        failed: Future[Any] = Future()
+        failed.set_exception(_NoThreadError())
+        return failed
+
+
+def _result(built: Future[Any], contestant: Contestant, errors: Errors) -> Any:
+    """What was built; what failed is built again here, as its thread may be what was at fault."""
+    failures: Errors = (_NoThreadError, *errors)
+    try:
+        return built.result()
+    except failures:
+        return contestant.build()
+
+
+def _look_again(contestants: Sequence[Contestant], errors: Errors) -> None:
+    """Threads that built disturbed the first look: another one at those that it would drop."""
+    fastest = _fastest_ms(contestants) or 0.0
+    for contestant in contestants:
+        if _DROP_FACTOR * fastest < (contestant.time_ms or 0.0) < _LONG_MS:
+            try:
+                contestant.samples_ms = [min(contestant.samples_ms[0], contestant.sample(1))]
+            except errors as error:
+                contestant.fail(error)
+
+
+def _fastest_ms(contestants: Sequence[Contestant]) -> float | None:
+    return min((t for c in contestants if (t := c.time_ms) is not None), default=None)
+
+
+def _within(factor: float, contestants: Sequence[Contestant]) -> list[Contestant]:
     """Those that are not slower than the best by more than a factor."""
-    timed = [(time_ms, c) for c in contestants if (time_ms := c.time_ms) is not None]
-    limit = factor * min((time_ms for time_ms, _ in timed), default=0.0)
-    return [c for time_ms, c in timed if time_ms <= limit]
+    limit = factor * (_fastest_ms(contestants) or 0.0)
+    return [c for c in contestants if (t := c.time_ms) is not None and t <= limit]
 
 
 def _sample_in_rounds(
@@ -169,8 +212,9 @@ def _sample_in_rounds(
     if len(timed) < 2:
         return timed
     first = {id(c): c.samples_ms[0] for c in timed}
+    sure = _SURE_ROUNDS if min(first.values()) < _LONG_MS else 0
     for number in range(_ROUNDS):
-        if number >= _SURE_ROUNDS and spent():
+        if number >= sure and spent():
             break
         for contestant in order.sample(timed, len(timed)):
             runs = max(1, min(_MAX_RUNS, round(_SAMPLE_MS / max(first[id(contestant)], 1e-3))))

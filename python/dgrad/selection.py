@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,9 @@ class Selection:
         ]
         if not others or self.candidate.time_ms is None:
             return ""
-        second = min(others, key=lambda c: (c.device_ms is None, c.device_ms or c.time_ms))
+        second = min(others, key=lambda candidate: candidate.time_ms or 0.0)
+        if self.candidate.device_ms is not None and second.device_ms is not None:  # these decide
+            second = min(others, key=lambda c: math.inf if c.device_ms is None else c.device_ms)
         return f", next {second} {self._slower(second)}"
 
     def _over_limit(self) -> str:
