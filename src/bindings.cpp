@@ -163,25 +163,26 @@ void bind_ready(py::module_& m) {
         .def(py::init<>())
         .def_readonly("count", &dgrad::UseCount::count);
     py::class_<ReadyCall, std::shared_ptr<ReadyCall>>(m, "ReadyCall")
-        .def(py::init([](std::shared_ptr<dgrad::Plan> plan, py::object make_out,
-                         py::object make_workspace, py::object enter_bias, bool plan_reads_bias,
-                         bool pytorch_adds_bias, std::shared_ptr<dgrad::UseCount> uses,
-                         py::object recipe) {
-                 return std::make_shared<ReadyCall>(
-                     ReadyCall{std::move(plan), std::move(make_out), std::move(make_workspace),
-                               std::move(enter_bias), plan_reads_bias, pytorch_adds_bias,
-                               std::move(uses), std::move(recipe)});
+        .def(py::init([](std::shared_ptr<dgrad::Plan> plan, const std::string& direction,
+                         py::object make_out, py::object make_workspace, py::object enter_bias,
+                         bool plan_reads_bias, bool pytorch_adds_bias,
+                         std::shared_ptr<dgrad::UseCount> uses, py::object recipe) {
+                 return std::make_shared<ReadyCall>(ReadyCall{
+                     std::move(plan), dgrad::parse_direction(direction), std::move(make_out),
+                     std::move(make_workspace), std::move(enter_bias), plan_reads_bias,
+                     pytorch_adds_bias, std::move(uses), std::move(recipe)});
              }),
-             py::kw_only(), "plan"_a.none(false), "make_out"_a, "make_workspace"_a, "enter_bias"_a,
-             "plan_reads_bias"_a, "pytorch_adds_bias"_a, "uses"_a.none(false), "recipe"_a)
+             py::kw_only(), "plan"_a.none(false), "direction"_a, "make_out"_a, "make_workspace"_a,
+             "enter_bias"_a, "plan_reads_bias"_a, "pytorch_adds_bias"_a, "uses"_a.none(false),
+             "recipe"_a)
         .def_readonly("recipe", &ReadyCall::recipe);
     py::class_<ReadyCalls>(m, "ReadyCalls")
         .def(py::init<const py::capsule&, py::tuple, py::object>(), "exchange"_a, "types"_a,
              "current_device"_a)
-        .def("run", &ReadyCalls::run, "y"_a, "w"_a, "bias"_a, "state"_a)
-        .def("find", &ReadyCalls::find, "y"_a, "w"_a, "bias"_a, "state"_a)
-        .def("execute", &ReadyCalls::execute, "call"_a, "y"_a, "w"_a, "bias"_a)
-        .def("put", &ReadyCalls::put, "y"_a, "w"_a, "bias"_a, "state"_a, "call"_a)
+        .def("run", &ReadyCalls::run, "a"_a, "b"_a, "bias"_a, "state"_a)
+        .def("find", &ReadyCalls::find, "a"_a, "b"_a, "bias"_a, "state"_a)
+        .def("execute", &ReadyCalls::execute, "call"_a, "a"_a, "b"_a, "bias"_a)
+        .def("put", &ReadyCalls::put, "a"_a, "b"_a, "bias"_a, "state"_a, "call"_a)
         .def("clear", &ReadyCalls::clear)
         .def_property_readonly("size", &ReadyCalls::size)
         .def_property_readonly("hits", &ReadyCalls::hits);

@@ -19,6 +19,19 @@ void* address(const dlpack::Tensor& tensor) {
     return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
+// Where the two inputs of a direction and its result stand; see Note [Geometry].
+Pointers in_slots(Direction direction, void* a, void* b, void* out) {
+    switch (direction) {
+        case Direction::fprop:
+            return {a, b, out, nullptr};
+        case Direction::wgrad:
+            return {a, out, b, nullptr};
+        case Direction::dgrad:
+            break;
+    }
+    return {out, b, a, nullptr};
+}
+
 // Clears a Python error that a failed look left behind.
 bool no() {
     PyErr_Clear();
@@ -146,7 +159,7 @@ bool ReadyCalls::add_facts(const py::object& object, Key* key) const {
     return true;
 }
 
-bool ReadyCalls::make_key(const py::object& y, const py::object& w, const py::object& bias,
+bool ReadyCalls::make_key(const py::object& a, const py::object& b, const py::object& bias,
                           const py::tuple& state, Key* key) const {
     const std::hash<std::thread::id> thread;
     key->facts[key->count++] = static_cast<std::int64_t>(thread(std::this_thread::get_id()));
@@ -154,41 +167,42 @@ bool ReadyCalls::make_key(const py::object& y, const py::object& w, const py::ob
     key->state_hash = PyObject_Hash(state.ptr());
     if (key->state_hash == -1) return no();
     key->state = state;
-    return add_facts(y, key) && add_facts(w, key) && (bias.is_none() || add_facts(bias, key));
+    return add_facts(a, key) && add_facts(b, key) && (bias.is_none() || add_facts(bias, key));
 }
 
-std::shared_ptr<ReadyCall> ReadyCalls::find(const py::object& y, const py::object& w,
+std::shared_ptr<ReadyCall> ReadyCalls::find(const py::object& a, const py::object& b,
                                             const py::object& bias, const py::tuple& state) {
     Key key;
-    if (!make_key(y, w, bias, state, &key)) return nullptr;
+    if (!make_key(a, b, bias, state, &key)) return nullptr;
     const auto found = entries_.find(key);
     if (found == entries_.end()) return nullptr;
     ++hits_;
     return found->second;
 }
 
-py::object ReadyCalls::run(const py::object& y, const py::object& w, const py::object& bias,
+py::object ReadyCalls::run(const py::object& a, const py::object& b, const py::object& bias,
                            const py::tuple& state) {
     // Owned here: the entry may go while it runs.
-    const std::shared_ptr<ReadyCall> call = find(y, w, bias, state);
+    const std::shared_ptr<ReadyCall> call = find(a, b, bias, state);
     if (call == nullptr) return py::none();
-    return execute(*call, y, w, bias);
+    return execute(*call, a, b, bias);
 }
 
-py::object ReadyCalls::execute(const ReadyCall& call, const py::object& y, const py::object& w,
+py::object ReadyCalls::execute(const ReadyCall& call, const py::object& a, const py::object& b,
                                const py::object& bias) {
     try {
-        const dlpack::Tensor from = read(y);
+        const dlpack::Tensor from = read(a);
         void* stream = nullptr;
         if (current_device_().cast<std::int32_t>() != from.device_id) return py::none();
         if (exchange_->current_work_stream(dlpack::cuda, from.device_id, &stream) != 0) {
             throw py::error_already_set();
         }
-        py::object out = call.make_out(y);
+        py::object out = call.make_out(a);
         const py::object workspace =
             call.make_workspace.is_none() ? py::none() : call.make_workspace();
         void* const scratch = workspace.is_none() ? nullptr : storage_address(workspace);
-        Pointers pointers{address(read(out)), address(read(w)), address(from), nullptr};
+        Pointers pointers =
+            in_slots(call.direction, address(from), address(read(b)), address(read(out)));
         const py::object entered = call.enter_bias.is_none() ? bias : call.enter_bias(bias);
         if (call.plan_reads_bias) pointers.bias = address(read(entered));
         {
@@ -206,10 +220,10 @@ py::object ReadyCalls::execute(const ReadyCall& call, const py::object& y, const
     return py::none();
 }
 
-void ReadyCalls::put(const py::object& y, const py::object& w, const py::object& bias,
+void ReadyCalls::put(const py::object& a, const py::object& b, const py::object& bias,
                      const py::tuple& state, std::shared_ptr<ReadyCall> call) {
     Key key;
-    if (make_key(y, w, bias, state, &key)) {
+    if (make_key(a, b, bias, state, &key)) {
         entries_.insert_or_assign(std::move(key), std::move(call));
     }
 }

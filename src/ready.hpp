@@ -15,6 +15,7 @@
 
 #include "dlpack.hpp"
 #include "plan.hpp"
+#include "problem.hpp"
 
 namespace dgrad {
 
@@ -26,7 +27,8 @@ struct UseCount {
 // Callables are Python's; None where there is nothing to do.
 struct ReadyCall {
     std::shared_ptr<Plan> plan;
-    pybind11::object make_out;        // of y: the tensor for the result
+    Direction direction;
+    pybind11::object make_out;        // of a: the tensor for the result
     pybind11::object make_workspace;  // of nothing: a storage
     pybind11::object enter_bias;      // of the bias: the one that the plan reads
     bool plan_reads_bias;
@@ -43,20 +45,21 @@ class ReadyCalls {
     ReadyCalls(const pybind11::capsule& exchange, pybind11::tuple types,
                pybind11::object current_device);
 
-    // The result of dgrad for y, w and a bias or None, or None if it is not ready. `state` is all
-    // else that decides: exact ints, bools, strings, None and tuples of these.
-    pybind11::object run(const pybind11::object& y, const pybind11::object& w,
+    // The result of a direction for a, b and a bias or None, or None if it is not ready: of dgrad
+    // for y and w, of fprop for x and w, of wgrad for x and y. `state` is all else that decides:
+    // exact ints, bools, strings, None and tuples of these.
+    pybind11::object run(const pybind11::object& a, const pybind11::object& b,
                          const pybind11::object& bias, const pybind11::tuple& state);
 
     // The call that run() would make, or null.
-    std::shared_ptr<ReadyCall> find(const pybind11::object& y, const pybind11::object& w,
+    std::shared_ptr<ReadyCall> find(const pybind11::object& a, const pybind11::object& b,
                                     const pybind11::object& bias, const pybind11::tuple& state);
 
     // What run() does with a call that was found for these very tensors; None if it fails.
-    pybind11::object execute(const ReadyCall& call, const pybind11::object& y,
-                             const pybind11::object& w, const pybind11::object& bias);
+    pybind11::object execute(const ReadyCall& call, const pybind11::object& a,
+                             const pybind11::object& b, const pybind11::object& bias);
 
-    void put(const pybind11::object& y, const pybind11::object& w, const pybind11::object& bias,
+    void put(const pybind11::object& a, const pybind11::object& b, const pybind11::object& bias,
              const pybind11::tuple& state, std::shared_ptr<ReadyCall> call);
 
     void clear();  // the hits stay
@@ -80,7 +83,7 @@ class ReadyCalls {
     };
 
     bool add_facts(const pybind11::object& object, Key* key) const;
-    bool make_key(const pybind11::object& y, const pybind11::object& w,
+    bool make_key(const pybind11::object& a, const pybind11::object& b,
                   const pybind11::object& bias, const pybind11::tuple& state, Key* key) const;
     [[nodiscard]] dlpack::Tensor read(const pybind11::object& tensor) const;
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _fallback
+from . import _fallback, config
 from ._call import DTYPES, INPUTS, OUTPUT, Call, call_for, memory_format
 from ._geometry import Geometry, Pair, is_channels_last
+from ._watch import watchers
 from .config import Flags
 from .planner import plan_cache
 
@@ -110,6 +111,29 @@ def convolution(
     return call(a, b, bias)
 
 
+def _gradient(direction: str, a: Tensor, b: Tensor, made: Recipe, size: Pair) -> Tensor:
+    """:func:`convolution` of a backward pass; native code runs it where it is known."""
+    held = config.current()
+    state = None
+    if plan_cache.exchange is not None and not watchers and not torch.is_grad_enabled():
+        state = (direction, size, *made.geometry, *config.switches(made.flags))
+        if plan_cache.ready is not None:
+            result = plan_cache.ready.run(a, b, None, state)
+            if result is not None:
+                return result
+    result = convolution(direction, a, b, made.geometry, size, made.flags)
+    # Unless a switch was turned meanwhile, by another thread.
+    unchanged = config.current() is held and (
+        state == (direction, size, *made.geometry, *config.switches(made.flags))
+    )
+    if state is not None and unchanged and _unsuitable(a) is None:
+        call = call_for(direction, a, b, made.geometry, size, made.flags)
+        ready = call.ready((held, made.flags))
+        if ready is not None:
+            plan_cache.keep_ready(a, b, None, state, ready)
+    return result
+
+
 def _unsuitable(tensor: Tensor) -> str | None:
     """Why such tensors are PyTorch's to run, or None."""
     if not tensor.is_cuda:
@@ -164,6 +188,7 @@ class _Convolution(Function):
             grad = grad.contiguous(
                 memory_format=torch.channels_last if nhwc else torch.contiguous_format
             )
+        batched = _is_batched(grad)
         slots = INPUTS[made.direction]
         values = dict(zip(slots, (a, b), strict=True)) | {OUTPUT[made.direction]: grad}
 
@@ -172,9 +197,10 @@ class _Convolution(Function):
                 return None
             direction = _MAKES[slots[index]]
             first, second = (values[slot] for slot in INPUTS[direction])
-            return convolution(
-                direction, first, second, made.geometry, made.sizes[index], made.flags
-            )
+            if batched:
+                geometry, size = made.geometry, made.sizes[index]
+                return convolution(direction, first, second, geometry, size, made.flags)
+            return _gradient(direction, first, second, made, made.sizes[index])
 
         return gradient(0), gradient(1), grad_bias, None, None
 

@@ -173,7 +173,7 @@ class Call:
         return self(a, b, bias)
 
     def ready(self, recipe: object) -> ReadyCall | None:
-        """What native code needs to run dgrad again as it last ran here, if it can."""
+        """What native code needs to run this again as it last ran here, if it can."""
         copies = self._copies_a or self._copies_b or self._copies_bias
         if self._single is None or copies or self._reason is not None:
             return None

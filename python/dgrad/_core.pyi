@@ -82,6 +82,7 @@ class ReadyCall:
         self,
         *,
         plan: Plan,
+        direction: str,
         make_out: Callable[[Tensor], Tensor],
         make_workspace: Callable[[], UntypedStorage] | None,
         enter_bias: Callable[[Tensor], Tensor] | None,
@@ -99,16 +100,16 @@ class ReadyCalls:
         self, exchange: object, types: tuple[type, ...], current_device: Callable[[], int]
     ) -> None: ...
     def run(
-        self, y: object, w: object, bias: object, state: tuple[object, ...]
+        self, a: object, b: object, bias: object, state: tuple[object, ...]
     ) -> Tensor | None: ...
     def find(
-        self, y: object, w: object, bias: object, state: tuple[object, ...]
+        self, a: object, b: object, bias: object, state: tuple[object, ...]
     ) -> ReadyCall | None: ...
     def execute(
-        self, call: ReadyCall, y: Tensor, w: Tensor, bias: Tensor | None
+        self, call: ReadyCall, a: Tensor, b: Tensor, bias: Tensor | None
     ) -> Tensor | None: ...
     def put(
-        self, y: Tensor, w: Tensor, bias: Tensor | None, state: tuple[object, ...], call: ReadyCall
+        self, a: Tensor, b: Tensor, bias: Tensor | None, state: tuple[object, ...], call: ReadyCall
     ) -> None: ...
     def clear(self) -> None: ...
     @property

@@ -139,6 +139,7 @@ class Runner:
         repeated = by_cudnn and self._bias != FUSED and self._repeats > 1
         call: ReadyCall = core.ReadyCall(
             plan=self._plan,
+            direction=self._problem.direction,
             make_out=make_out,
             make_workspace=partial(torch.UntypedStorage, size, device=self._device)
             if size

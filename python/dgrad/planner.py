@@ -41,8 +41,8 @@ class PlanCache(BoundedCache[Any, Any]):
 
     def keep_ready(
         self,
-        y: Tensor,
-        w: Tensor,
+        a: Tensor,
+        b: Tensor,
         bias: Tensor | None,
         state: tuple[object, ...],
         call: ReadyCall,
@@ -59,7 +59,7 @@ class PlanCache(BoundedCache[Any, Any]):
         ready: ReadyCalls = self.ready
         if ready.size >= self.max_size:
             ready.clear()  # all are made again from the entries of this cache
-        ready.put(y, w, bias, state, call)
+        ready.put(a, b, bias, state, call)
 
     def _trim(self) -> None:
         if len(self._entries) > self._max_size and self.ready is not None:
