@@ -404,7 +404,25 @@ def test_builds_run_ahead_in_threads_and_stop_with_the_budget(
     assert [each.reached for each in contestants] == [True] * 6 + [False] * 2
     assert threads == {"dgrad-build_0", "dgrad-build_1"}
     names = [event for event in device.events if event.startswith("prepare")]
-    assert names == [f"prepare {i}" for i in range(6)], "not in their order"
+    assert sorted(names) == [f"prepare {i}" for i in range(6)]
+    assert names[0] == "prepare 0"
+
+
+def test_while_one_is_built_others_are_timed(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_AHEAD", 4)
+    monkeypatch.setattr(measuring, "_BUILDERS", 2)
+    timed = threading.Event()
+
+    def compile() -> str:
+        assert timed.wait(30), "the others wait for it"
+        return "plan of b"
+
+    first, compiled, last = (device.contestant(name, 10.0) for name in "abc")
+    compiled.build = compile
+    last.check = timed.set
+    assert time([first, compiled, last]) == [10.0, 10.0, 10.0]
 
 
 @settings(deadline=None, max_examples=100)

@@ -6,7 +6,6 @@ import os
 import random
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -137,7 +136,7 @@ def measure(
 def _begin(contestants: Sequence[Contestant], spent: Callable[[], bool], errors: Errors) -> None:
     """Build each, and run it twice: for a first look at its time."""
     waiting = iter(contestants)  # the promising ones come first
-    begun: deque[tuple[Contestant, Future[Any]]] = deque()
+    begun: list[tuple[Contestant, Future[Any]]] = []
     pool = ThreadPoolExecutor(_BUILDERS, "dgrad-build")
     try:
         while True:
@@ -149,7 +148,10 @@ def _begin(contestants: Sequence[Contestant], spent: Callable[[], bool], errors:
                 begun.append((contestant, _submit(pool, contestant)))
             if not begun:
                 return
-            contestant, built = begun.popleft()
+            # The first one is what the others are held against; then those that are built.
+            done = (i for i, (_, built) in enumerate(begun) if built.done())
+            turn = 0 if begun[0][0] is contestants[0] else next(done, 0)
+            contestant, built = begun.pop(turn)
             fastest = _fastest_ms(contestants)
             if spent() and fastest is not None and (built.cancel() or fastest > _LONG_MS):
                 contestant.reached = False

@@ -35,7 +35,7 @@ LAYERS: dict[str, tuple[int, int, int, int, int, int, int, int]] = {
     "vitpose/deconv1": (1, 768, 16, 12, 256, 4, 2, 1),
 }
 _CALLS = 100  # of one round; few enough for the queue of the GPU
-_ROUNDS = 30
+_ROUNDS = 10
 _THREADS = 8
 
 Round = Callable[[Callable[[], object]], list[float]]
@@ -99,6 +99,10 @@ def compare_host(
     }
 
 
+def _step(module: torch.nn.Module, x: torch.Tensor, grad: torch.Tensor) -> None:
+    torch.autograd.grad(module(x), [x, *module.parameters()], grad)
+
+
 def _cases() -> list[dict[str, Any]]:
     cases = []
     threads = _Threads()
@@ -114,10 +118,14 @@ def _cases() -> list[dict[str, Any]]:
                 for call in (dgrad.conv_transpose2d, F.conv_transpose2d)
             ]
             modules = [partial(module, x) for module in (ours, layer)]
+            grad = torch.randn_like(layer(x))
+            leaf = x.clone().requires_grad_()
+            steps = [partial(_step, module, leaf, grad) for module in (ours, layer)]
             for kind, calls, recording, round_ in (
                 ("function", functions, False, _round),
                 ("module", modules, False, _round),
                 ("module, recording", modules, True, _round),
+                ("module, with backward", steps, True, _round),
                 (f"function, {_THREADS} threads", functions, False, threads.round),
             ):
                 with torch.set_grad_enabled(recording):
@@ -148,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     for case in cases:
         print(
-            f"{case['layer']:<16} {case['call']:<20} bias {case['bias']!s:<5} "
+            f"{case['layer']:<16} {case['call']:<21} bias {case['bias']!s:<5} "
             f"dgrad {case['dgrad_us']:6.1f} us, PyTorch {case['pytorch_us']:6.1f} us, "
             f"ratio {case['ratio']:.2f}"
         )
