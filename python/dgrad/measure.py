@@ -7,7 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ _DROP_FACTOR = 4.0  # a candidate this much slower than the best by one run is n
 _LEAVE_FACTOR = 1.25  # by the samples of a round or more
 _BUILDERS = min(4, len(os.sched_getaffinity(0)))  # more compile no faster in cuDNN
 _AHEAD = 2 * _BUILDERS  # so many are built before their turn comes
+_PATIENCE_S = 0.05  # for one that is built, before the budget is looked at again
 
 # Below this time of one run the host may be what limits, and hide what the device takes.
 _HOST_MS = 0.1
@@ -146,16 +147,20 @@ def _begin(contestants: Sequence[Contestant], spent: Callable[[], bool], errors:
                     break
                 contestant.reached = True
                 begun.append((contestant, _submit(pool, contestant)))
+            fastest = _fastest_ms(contestants)
+            if spent() and fastest is not None:
+                for contestant, built in begun:
+                    contestant.reached = fastest < _LONG_MS and not built.cancel()
+                begun = [(contestant, built) for contestant, built in begun if contestant.reached]
             if not begun:
                 return
             # The first one is what the others are held against; then those that are built.
-            done = (i for i, (_, built) in enumerate(begun) if built.done())
-            turn = 0 if begun[0][0] is contestants[0] else next(done, 0)
-            contestant, built = begun.pop(turn)
-            fastest = _fastest_ms(contestants)
-            if spent() and fastest is not None and (built.cancel() or fastest > _LONG_MS):
-                contestant.reached = False
+            awaited = [begun[0][1]] if fastest is None else [built for _, built in begun]
+            finished, _ = wait(awaited, _PATIENCE_S, FIRST_COMPLETED)
+            turn = next((i for i, (_, built) in enumerate(begun) if built in finished), None)
+            if turn is None:
                 continue
+            contestant, built = begun.pop(turn)
             try:
                 contestant.run = contestant.prepare(_result(built, contestant, errors))
                 if contestant.run is not None:
