@@ -29,6 +29,19 @@ if TYPE_CHECKING:
 _MAKES = {slot: direction for direction, slot in OUTPUT.items()}
 
 
+def _gradients(direction: str) -> list[tuple[str, int, int]]:
+    """For each input of a direction the one that makes its gradient, and what this one takes, by
+    place among both inputs and the incoming gradient."""
+    slots = (*INPUTS[direction], OUTPUT[direction])
+    return [
+        (_MAKES[slot], *(slots.index(taken) for taken in INPUTS[_MAKES[slot]]))  # type: ignore[misc]
+        for slot in slots[:2]
+    ]
+
+
+_GRADIENTS = {direction: _gradients(direction) for direction in OUTPUT}
+
+
 class Recipe(NamedTuple):
     """All of a direction's call but its tensors, and what of these the gradients need."""
 
@@ -111,22 +124,22 @@ def convolution(
     return call(a, b, bias)
 
 
-def _gradient(direction: str, a: Tensor, b: Tensor, made: Recipe, size: Pair) -> Tensor:
-    """:func:`convolution` of a backward pass; native code runs it where it is known."""
+def _gradient(
+    direction: str, a: Tensor, b: Tensor, made: Recipe, size: Pair, native: bool
+) -> Tensor:
+    """:func:`convolution` of a backward pass; if ``native``, by native code where it is known."""
+    if not native:
+        return convolution(direction, a, b, made.geometry, size, made.flags)
     held = config.current()
-    state = None
-    if plan_cache.exchange is not None and not watchers and not torch.is_grad_enabled():
-        state = (direction, size, *made.geometry, *config.switches(made.flags))
-        if plan_cache.ready is not None:
-            result = plan_cache.ready.run(a, b, None, state)
-            if result is not None:
-                return result
+    state = (direction, size, *made.geometry, *config.switches(made.flags))
+    if plan_cache.ready is not None:
+        result = plan_cache.ready.run(a, b, None, state)
+        if result is not None:
+            return result
     result = convolution(direction, a, b, made.geometry, size, made.flags)
     # Unless a switch was turned meanwhile, by another thread.
-    unchanged = config.current() is held and (
-        state == (direction, size, *made.geometry, *config.switches(made.flags))
-    )
-    if state is not None and unchanged and _unsuitable(a) is None:
+    unchanged = state == (direction, size, *made.geometry, *config.switches(made.flags))
+    if unchanged and config.current() is held and _unsuitable(a) is None:
         call = call_for(direction, a, b, made.geometry, size, made.flags)
         ready = call.ready((held, made.flags))
         if ready is not None:
@@ -176,33 +189,30 @@ class _Convolution(Function):
             return (None,) * 5
         made: Recipe = ctx.recipe
         a, b = ctx.saved_tensors
+        needed, nodes = ctx.needs_input_grad, ctx.next_functions
         grad = grad.resolve_neg()
-        grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+        grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
         if made.direction == "dgrad":
             # PyTorch brings the incoming gradient into the input's layout, and before that the
             # input into the forward's if the weight's gradient needs it: so do the results follow.
             nhwc = made.a_is_channels_last
             if a is not None:
-                a = a.contiguous(memory_format=made.memory_format)
-                nhwc = is_channels_last(a.shape, a.stride())
+                given, a = a, a.contiguous(memory_format=made.memory_format)
+                if a is not given or nhwc != (made.memory_format is torch.channels_last):
+                    nhwc = is_channels_last(a.shape, a.stride())
             grad = grad.contiguous(
                 memory_format=torch.channels_last if nhwc else torch.contiguous_format
             )
-        batched = _is_batched(grad)
-        slots = INPUTS[made.direction]
-        values = dict(zip(slots, (a, b), strict=True)) | {OUTPUT[made.direction]: grad}
-
-        def gradient(index: int) -> Tensor | None:
-            if not (ctx.needs_input_grad[index] and _is_asked(ctx.next_functions[index][0])):
-                return None
-            direction = _MAKES[slots[index]]
-            first, second = (values[slot] for slot in INPUTS[direction])
-            if batched:
-                geometry, size = made.geometry, made.sizes[index]
-                return convolution(direction, first, second, geometry, size, made.flags)
-            return _gradient(direction, first, second, made, made.sizes[index])
-
-        return gradient(0), gradient(1), grad_bias, None, None
+        recorded = torch.is_grad_enabled() or watchers
+        native = not (recorded or plan_cache.exchange is None or _is_batched(grad))
+        found: list[Tensor | None] = [None, None]
+        values = (a, b, grad)
+        for index, (direction, first, second) in enumerate(_GRADIENTS[made.direction]):
+            if needed[index] and _is_asked(nodes[index][0]):
+                size = made.sizes[index]
+                taken = values[first], values[second]
+                found[index] = _gradient(direction, *taken, made, size, native)
+        return *found, grad_bias, None, None
 
 
 # record(a, b, bias, recipe, ready) is convolution() of a ready call, for tensors of which one
