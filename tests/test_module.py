@@ -280,18 +280,86 @@ def test_a_second_time_changes_nothing() -> None:
     assert dgrad.restore(model) == []
 
 
-def test_subclasses_are_left_alone() -> None:
+def test_subclasses_are_left_alone_unless_asked_for() -> None:
     model = Model()
-    dgrad.convert(model)
+    left = dgrad.convert(model).left
+    assert left == {"ups.2": "Doubled is a subclass: subclasses=True turns it too"}
     assert type(model.ups[2]) is Doubled
 
     class Mine(dgrad.ConvTranspose2d):
         pass
 
     layers = nn.Sequential(Mine(1, 1, 1), nn.LazyConvTranspose2d(1, 1))
-    assert dgrad.convert(layers) == []
+    assert dgrad.convert(layers, subclasses=True) == []
+    assert dgrad.convert(layers, subclasses=True).left == {
+        "0": "it is dgrad's already",
+        "1": "its sizes are not known yet: run the model once before",
+    }
     assert dgrad.restore(layers) == []
+    assert dgrad.restore(layers).left == {
+        "0": "Mine is a subclass of dgrad's, and convert did not make it",
+        "1": "it is not dgrad's",
+    }
     assert type(layers[0]) is Mine
+
+
+def test_a_subclass_runs_its_own_forward_around_dgrads() -> None:
+    model = Model()
+    expected, shown = model(EXAMPLE), repr(model)
+    assert dgrad.convert(model, subclasses=True) == ["ups.0", "ups.2", "last.out"]
+    layer = model.ups[2]
+    assert isinstance(layer, Doubled)
+    assert isinstance(layer, dgrad.ConvTranspose2d)
+    assert type(layer).__mro__.index(Doubled) < type(layer).__mro__.index(dgrad.ConvTranspose2d)
+    assert_same(model(EXAMPLE), expected)
+    assert repr(model) == shown
+    assert dgrad.convert(model, subclasses=True) == []
+    assert_same(copy.deepcopy(model)(EXAMPLE), expected)
+    assert dgrad.restore(model) == ["ups.0", "ups.2", "last.out"]
+    assert type(model.ups[2]) is Doubled
+    assert_same(pickle.loads(pickle.dumps(model))(EXAMPLE), expected)
+
+
+@pytest.mark.parametrize(
+    "only", [r"^ups\.", lambda name, module: module.kernel_size == (3, 3)], ids=["name", "function"]
+)
+def test_a_filter_says_which(only: Any) -> None:
+    model = Model()
+    done = dgrad.convert(model, only=only, subclasses=True)
+    assert done == ["ups.0", "ups.2"]
+    assert done.left == {"last.out": "only leaves it out"}
+    assert dgrad.convert(model) == ["last.out"]
+    assert dgrad.restore(model, only="out") == ["last.out"]
+    assert isinstance(model.ups[0], dgrad.ConvTranspose2d)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_what_torchscript_compiled_is_left_with_the_reason() -> None:
+    scripted = torch.jit.trace(nn.Sequential(nn.ConvTranspose2d(3, 2, 3)), EXAMPLE)
+    done = dgrad.convert(scripted)
+    assert (done, done.left) == (
+        [],
+        {"0": "it is compiled by TorchScript: convert the model before"},
+    )
+
+
+def test_an_optimizer_goes_on_in_the_middle_of_training() -> None:
+    torch.manual_seed(0)
+    converted, plain = Model(), Model()
+    plain.load_state_dict(converted.state_dict())
+    models = converted, plain
+    optimizers = [torch.optim.Adam(model.parameters(), lr=0.01) for model in models]
+    for step in range(6):
+        if step == 2:
+            dgrad.convert(converted, subclasses=True)
+        if step == 4:
+            dgrad.restore(converted)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(EXAMPLE).square().mean().backward()
+            optimizer.step()
+    for mine, theirs in zip(converted.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_a_lazy_layer_is_converted_once_it_has_become_one() -> None:
@@ -353,12 +421,54 @@ def test_a_converted_model_can_be_saved_and_loaded_by_a_plain_one() -> None:
     assert_same(copied(EXAMPLE), converted(EXAMPLE))
 
 
-def test_weight_norm_keeps_working() -> None:
-    layer = nn.ConvTranspose2d(3, 2, 3)
-    nn.utils.parametrizations.weight_norm(layer)  # makes a subclass, which is left alone
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrizations_stay_and_can_be_removed(norm: str) -> None:
+    def normed() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.ConvTranspose2d(3, 2, 3))
+        getattr(nn.utils.parametrizations, norm)(model[0])
+        return model.eval()
+
+    model = normed()
+    copied = copy.deepcopy(model)
+    expected, shown = model(EXAMPLE), repr(model)
+    assert dgrad.convert(model) == ["0"]
+    assert isinstance(model[0], dgrad.ConvTranspose2d)
+    assert not isinstance(copied[0], dgrad.ConvTranspose2d), "PyTorch's copies share the class"
+    assert repr(model) == shown
+    assert_same(model(EXAMPLE), expected)
+    assert_same(copied(EXAMPLE), expected)
+    model.load_state_dict(copied.state_dict())
+    assert dgrad.restore(model) == ["0"]
+    assert_same(model(EXAMPLE), expected)
+    dgrad.convert(model)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is dgrad.ConvTranspose2d
+    torch.testing.assert_close(model(EXAMPLE), expected)
+
+
+def test_a_parametrized_subclass_is_turned_when_asked_for() -> None:
+    layer = Doubled(3, 2, 3)
+    nn.utils.parametrizations.weight_norm(layer)
+    expected = layer(EXAMPLE)
     assert dgrad.convert(layer) == []
-    ours = dgrad.ConvTranspose2d(3, 2, 3)
-    ours.load_state_dict(nn.ConvTranspose2d(3, 2, 3).state_dict())
-    expected = ours(EXAMPLE)
-    nn.utils.parametrizations.weight_norm(ours)
-    torch.testing.assert_close(ours(EXAMPLE), expected)
+    assert dgrad.convert(layer, subclasses=True) == [""]
+    assert_same(layer(EXAMPLE), expected)
+    assert dgrad.restore(layer) == [""]
+    assert type(layer).__bases__ == (Doubled,)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_the_older_norms_work_too() -> None:
+    for norm in (nn.utils.weight_norm, nn.utils.spectral_norm):
+        layer = norm(nn.ConvTranspose2d(3, 2, 3)).eval()
+        expected = layer(EXAMPLE)
+        assert dgrad.convert(layer) == [""]
+        torch.testing.assert_close(layer(EXAMPLE), expected)
+
+
+def test_dgrads_own_layer_can_be_parametrized() -> None:
+    layer = dgrad.ConvTranspose2d(3, 2, 3)
+    expected = layer(EXAMPLE)
+    nn.utils.parametrizations.weight_norm(layer)
+    torch.testing.assert_close(layer(EXAMPLE), expected)

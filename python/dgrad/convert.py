@@ -2,32 +2,140 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from .modules import ConvTranspose2d
 
+_TORCH = torch.nn.ConvTranspose2d
+_ORIGINAL = "_dgrad_original"  # of a class made here: the subclass that it stands for
 
-def _swap(model: torch.nn.Module, old: type, new: type) -> list[str]:
-    names = []
-    for name, module in model.named_modules():
-        if type(module) is old:
-            # The two classes have the same attributes, so parameters, buffers, hooks, mode and
-            # all references to the module stay as they are.
-            module.__class__ = new
-            names.append(name)
-    return names
+Filter = str | Callable[[str, torch.nn.Module], bool]
 
 
-def convert(model: torch.nn.Module) -> list[str]:
+class Conversion(list[str]):
+    """The qualified names of the layers that were turned ("" is the model itself).
+
+    Attributes:
+        left (dict[str, str]): the names of the model's other transposed convolutions, each with
+            the reason why it was left as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: dict[str, str] = {}
+
+
+class _LeftError(Exception):
+    """A layer stays as it is. The message says why."""
+
+
+def convert(
+    model: torch.nn.Module, *, only: Filter | None = None, subclasses: bool = False
+) -> Conversion:
     """Turn every :class:`torch.nn.ConvTranspose2d` of ``model`` into
-    :class:`dgrad.ConvTranspose2d`, in place; subclasses are left alone.
+    :class:`dgrad.ConvTranspose2d`, in place.
+
+    The modules stay the same objects: parameters, buffers, hooks, mode, names, optimizers and
+    whatever else refers to them go on as before. A second time changes nothing.
+
+    Args:
+        model: any module.
+        only: a regular expression, searched for in each layer's qualified name, or a function of
+            the name and the module that says whether to turn it. Default None, every layer.
+        subclasses: also turn layers of classes derived from :class:`torch.nn.ConvTranspose2d`; what
+            they call by ``super().forward`` is dgrad's then. Such a layer can be pickled whole
+            again after :func:`restore`, its state_dict at any time. Default False. Layers with
+            parametrizations, such as weight_norm, need no asking for.
 
     Returns:
-        The qualified names of the layers that were turned ("" is the model itself).
+        The names of what was turned, and in ``left`` the names of what was not, with reasons.
     """
-    return _swap(model, torch.nn.ConvTranspose2d, ConvTranspose2d)
+    return _turn(model, lambda module: _ours(module, subclasses), only)
 
 
-def restore(model: torch.nn.Module) -> list[str]:
-    """Undo :func:`convert`, in place; returns the names of the layers that were turned back."""
-    return _swap(model, ConvTranspose2d, torch.nn.ConvTranspose2d)
+def restore(model: torch.nn.Module, *, only: Filter | None = None) -> Conversion:
+    """Undo :func:`convert`, in place; ``only`` and the result are as there."""
+    return _turn(model, _theirs, only)
+
+
+def _turn(
+    model: torch.nn.Module, class_for: Callable[[torch.nn.Module], type], only: Filter | None
+) -> Conversion:
+    done = Conversion()
+    for name, module in model.named_modules():
+        if not isinstance(module, _TORCH) and _scripted_as(module) != _TORCH.__name__:
+            continue
+        try:
+            if not _is_wanted(name, module, only):
+                raise _LeftError("only leaves it out")
+            # The classes have the same attributes, and all that refers to the module stays right.
+            module.__class__ = class_for(module)
+            done.append(name)
+        except _LeftError as reason:
+            done.left[name] = str(reason)
+    return done
+
+
+def _is_wanted(name: str, module: torch.nn.Module, only: Filter | None) -> bool:
+    if only is None:
+        return True
+    return re.search(only, name) is not None if isinstance(only, str) else only(name, module)
+
+
+def _scripted_as(module: torch.nn.Module) -> str | None:
+    return getattr(module, "original_name", None)
+
+
+def _ours(module: torch.nn.Module, subclasses: bool) -> type:
+    """The class that runs a layer on dgrad; _LeftError for one that stays."""
+    if isinstance(module, ConvTranspose2d):
+        raise _LeftError("it is dgrad's already")
+    if not isinstance(module, _TORCH):
+        raise _LeftError("it is compiled by TorchScript: convert the model before")
+    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+        raise _LeftError("its sizes are not known yet: run the model once before")
+
+    def ours(cls: type) -> type:
+        if cls is _TORCH:
+            return ConvTranspose2d
+        if not subclasses:
+            raise _LeftError(f"{cls.__name__} is a subclass: subclasses=True turns it too")
+        fields = {_ORIGINAL: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        return type(cls.__name__, (cls, ConvTranspose2d), fields)
+
+    return _rebased(module, ours)
+
+
+def _theirs(module: torch.nn.Module) -> type:
+    """The class that a layer had before :func:`_ours`; _LeftError for one that stays."""
+    if not isinstance(module, ConvTranspose2d):
+        raise _LeftError("it is not dgrad's")
+
+    def theirs(cls: type) -> type:
+        if cls is ConvTranspose2d:
+            return _TORCH
+        original: type | None = vars(cls).get(_ORIGINAL)
+        if original is None:
+            raise _LeftError(
+                f"{cls.__name__} is a subclass of dgrad's, and convert did not make it"
+            )
+        return original
+
+    return _rebased(module, theirs)
+
+
+def _rebased(module: torch.nn.Module, change: Callable[[type], type]) -> type:
+    """The module's class changed; under parametrizations, which make a class of their own for each
+    module, the class that this one is derived from."""
+    cls = type(module)
+    if not is_parametrized(module):
+        return change(cls)
+    own: dict[str, Any] = dict(vars(cls))
+    for name in ("__dict__", "__weakref__"):  # made for each class anew
+        own.pop(name, None)
+    return type(cls.__name__, (change(cls.__bases__[0]),), own)
