@@ -333,7 +333,7 @@ def test_a_filter_says_which(only: Any) -> None:
     assert isinstance(model.ups[0], dgrad.ConvTranspose2d)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_what_torchscript_compiled_is_left_with_the_reason() -> None:
     scripted = torch.jit.trace(nn.Sequential(nn.ConvTranspose2d(3, 2, 3)), EXAMPLE)
     done = dgrad.convert(scripted)
