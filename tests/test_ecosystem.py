@@ -1,0 +1,147 @@
+"""Where torch.nn.ConvTranspose2d works, dgrad's does: export, tracing, compiling, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import dgrad
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def models(device: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A model, the same with dgrad's layers, and an input; float64, so that results agree."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.ConvTranspose2d(3, 8, 4, 2, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 4, (3, 5), padding=(1, 2), groups=2, bias=False),
+    ).to(device, torch.float64)
+    converted = copy.deepcopy(plain)
+    assert dgrad.convert(converted) == ["0", "2"]
+    return plain, converted, torch.randn(2, 3, 6, 7, device=device, dtype=torch.float64)
+
+
+def step(model: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output and all gradients."""
+    leaf = x.clone().requires_grad_()
+    output = model(leaf)
+    gradients = torch.autograd.grad(output.square().sum(), [leaf, *module.parameters()])
+    return [output.detach(), *gradients]
+
+
+def assert_alike(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@on_each_device
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiling_breaks_no_graph_and_trains(device: str, dynamic: bool) -> None:
+    plain, converted, x = models(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(converted, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in ((2, 3, 6, 7), (2, 3, 8, 5)):
+        x = torch.randn(size, device=device, dtype=torch.float64)
+        assert_alike(step(compiled, converted, x), step(plain, plain, x))
+    torch._dynamo.reset()
+
+
+@on_each_device
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_an_exported_program_is_of_pytorchs_operators(device: str) -> None:
+    plain, converted, x = models(device)
+    program = torch.export.export(converted.eval(), (x,))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any("conv_transpose2d" in name or "convolution" in name for name in called)
+    assert not [name for name in called if not name.startswith("aten.")]
+    torch.testing.assert_close(program.module()(x), plain(x))
+
+
+@on_each_device
+def test_a_traced_model_is_of_pytorchs_operators(device: str) -> None:
+    plain, converted, x = models(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer PyTorch calls tracing deprecated
+        traced = torch.jit.trace(converted, x)
+    assert "conv" in str(traced.inlined_graph)
+    assert "PythonOp" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), plain(x))
+
+
+@on_each_device
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # PyTorch 2.4's own
+def test_checkpoints_give_the_same_gradients(device: str, reentrant: bool) -> None:
+    plain, converted, x = models(device)
+
+    def through(leaf: Tensor) -> Tensor:
+        output: Tensor = checkpoint(converted, leaf, use_reentrant=reentrant)
+        return output
+
+    leaf = x.clone().requires_grad_()
+    through(leaf).square().sum().backward()
+    wanted = step(plain, plain, x)
+    found = [leaf.grad, *(p.grad for p in converted.parameters())]
+    assert_alike(found, wanted[1:])  # type: ignore[arg-type]
+
+
+@on_each_device
+def test_operations_are_counted_as_for_pytorch(device: str) -> None:
+    plain, converted, x = models(device)
+    counts = []
+    for model in (plain, converted):
+        with FlopCounterMode(display=False) as counter:
+            model(x.clone().requires_grad_()).square().sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@on_each_device
+def test_saved_tensors_may_be_kept_elsewhere(device: str) -> None:
+    plain, converted, x = models(device)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=layout)
+        with torch.autograd.graph.save_on_cpu():
+            found = step(converted, converted, given)
+        assert_alike(found, step(plain, plain, given))
+
+
+@on_each_device
+def test_backward_hooks_see_pytorchs_gradients(device: str) -> None:
+    seen: dict[str, list[Any]] = {}
+    for name, model in zip(("plain", "dgrad"), models(device), strict=False):
+        seen[name] = []
+        for module in model.children():
+            module.register_full_backward_hook(
+                lambda _, grad_in, grad_out, to=seen[name]: to.extend((*grad_in, *grad_out))
+            )
+        step(model, model, models(device)[2])
+    assert len(seen["plain"]) == 6
+    assert_alike(seen["dgrad"], seen["plain"])
+
+
+@on_each_device
+def test_a_frozen_weight_gets_no_gradient(device: str) -> None:
+    plain, converted, x = models(device)
+    for model in (plain, converted):
+        model[0].weight.requires_grad_(False)  # type: ignore[index]
+    found, wanted = (
+        torch.autograd.grad(
+            model(x).square().sum(), [p for p in model.parameters() if p.requires_grad]
+        )
+        for model in (converted, plain)
+    )
+    assert_alike([*found], [*wanted])
