@@ -113,7 +113,7 @@ def convolution(
         a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
     ):
         made = recipe(direction, a, b, geometry, size, flags, call)
-        result: Tensor = _Convolution.apply(a, b, bias, made, None)  # type: ignore[no-untyped-call]
+        result: Tensor = _Convolution.apply(a, b, bias, made)  # type: ignore[no-untyped-call]
         return result
     if call is None:
         reason = _unsuitable(a)
@@ -165,29 +165,37 @@ def _is_batched(tensor: Tensor) -> bool:
     )
 
 
+def _recipe(made: Recipe | ReadyCall) -> Recipe:
+    if isinstance(made, Recipe):
+        return made
+    recipe: Recipe = made.recipe
+    return recipe
+
+
 class _Convolution(Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, made: Recipe, ready: ReadyCall | None
+        ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, made: Recipe | ReadyCall
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         # What ctx.needs_input_grad would say, for a tenth of its time.
         ctx.save_for_backward(a if b.requires_grad else None, b if a.requires_grad else None)
-        ctx.recipe = made
-        if ready is not None and plan_cache.ready is not None:
-            result = plan_cache.ready.execute(ready, a, b, bias)
+        ctx.made = made
+        if not isinstance(made, Recipe) and plan_cache.ready is not None:
+            result = plan_cache.ready.execute(made, a, b, bias)
             if result is not None:
                 return result
+        recipe = _recipe(made)
         return convolution(
-            made.direction, a, b, made.geometry, made.size, made.flags, made.call, bias
+            recipe.direction, a, b, recipe.geometry, recipe.size, recipe.flags, recipe.call, bias
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if grad is None:
-            return (None,) * 5
-        made: Recipe = ctx.recipe
+            return (None,) * 4
+        made = _recipe(ctx.made)
         a, b = ctx.saved_tensors
         needed, nodes = ctx.needs_input_grad, ctx.next_functions
         grad = grad.resolve_neg()
@@ -212,10 +220,10 @@ class _Convolution(Function):
                 size = made.sizes[index]
                 taken = values[first], values[second]
                 found[index] = _gradient(direction, *taken, made, size, native)
-        return *found, grad_bias, None, None
+        return *found, grad_bias, None
 
 
-# record(a, b, bias, recipe, ready) is convolution() of a ready call, for tensors of which one
+# record(a, b, bias, ready) is convolution() of a ready call, for tensors of which one
 # requires a gradient. It is what Function.apply comes to outside torch.func: that one's own look at
 # the arguments costs 4 us in PyTorch up to 2.13, and a ready call has seen that they are plain.
 record: Callable[..., Tensor] = super(Function, _Convolution).apply

@@ -107,7 +107,7 @@ def conv_transpose2d(
         else:
             call = ready.find(input, weight, bias, state)
             if call is not None:
-                return record(input, weight, bias, call.recipe, call)
+                return record(input, weight, bias, call)
     geometry = Geometry(
         pair(padding, "padding"),
         pair(stride, "stride"),
