@@ -129,7 +129,13 @@ class Contestant:
         if not self._training:
             return forward
         grad_output = self._tensor(output_shape(layer), layer)
-        return lambda: torch.autograd.grad(forward(), sources, grad_output)
+
+        def step() -> None:
+            for source in sources:
+                source.grad = None
+            forward().backward(grad_output)
+
+        return step
 
     def _tensor(self, shape: tuple[int, ...], layer: Layer) -> Tensor:
         tensor = torch.randn(shape, dtype=layer.dtype, device=self._device)
