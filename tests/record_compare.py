@@ -1,6 +1,7 @@
-"""Record `compare` for each problem of tests/kernelbench.
+"""Record `compare` for each problem of tests/kernelbench, or for each model of tests/models.
 
 python tests/record_compare.py --out tests/results/compare-h200.json
+python tests/record_compare.py --models --out tests/results/models-h200.json
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _KEPT = (
     "pytorch_ms",
     "pytorch_benchmark_ms",
     "dgrad_ms",
+    "shares",
     "ratio",
     "spreads",
     "selected",
@@ -36,6 +38,7 @@ _KEPT = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--models", action="store_true", help="those of tests/models")
     parser.add_argument("--device", help="default: the GPU, else the CPU")
     parser.add_argument("--budget", type=float, help="seconds of timed runs of each contestant")
     arguments = parser.parse_args()
@@ -45,7 +48,7 @@ def main() -> int:
         "command": " ".join(["python", "tests/record_compare.py", *sys.argv[1:]])
     }
     cases: list[dict[str, Any]] = []
-    for file in sorted((_HERE / "kernelbench").glob("kb*.py")):
+    for file in sorted((_HERE / ("models" if arguments.models else "kernelbench")).glob("*.py")):
         try:
             comparison = compare(str(file), device=arguments.device, budget_s=arguments.budget)
             case = {"problem": file.stem} | _kept(comparison)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from dgrad.bench._outputs import judge
+from dgrad.bench._share import share
 from dgrad.bench.timing import Timing, measure
 
 
@@ -95,3 +98,32 @@ def test_measuring_on_a_gpu_counts_the_device_time() -> None:
     timing = measure(lambda: x @ x, torch.device("cuda"), budget_s=0.1)
     # 137 GFLOP: no GPU needs less than 0.01 ms, and the launch alone would
     assert 0.01 < timing.min_ms <= timing.median_ms
+
+
+class Waiting(torch.nn.Module):
+    """Takes some milliseconds outside of its transposed convolutions, and some in one of them."""
+
+    def __init__(self, outside_s: float, inside_s: float) -> None:
+        super().__init__()
+        self.layer = torch.nn.ConvTranspose2d(1, 1, 1)
+        self._outside_s, self._inside_s = outside_s, inside_s
+        self.layer.forward = self._wait  # type: ignore[method-assign]
+
+    def _wait(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        time.sleep(self._inside_s)
+        return input
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        time.sleep(self._outside_s)
+        output: torch.Tensor = self.layer(self.layer(input))
+        return output
+
+
+@pytest.mark.parametrize(
+    ("outside_s", "inside_s", "expected"), [(0.06, 0.01, 0.25), (0.0, 0.02, 1.0), (0.05, 0.0, 0.0)]
+)
+def test_the_share_of_the_layers(outside_s: float, inside_s: float, expected: float) -> None:
+    model = Waiting(outside_s, inside_s)
+    found = share(model, lambda: model(torch.zeros(1)), torch.device("cpu"))
+    assert found == pytest.approx(expected, abs=0.1)
+    assert not model.layer._forward_hooks

@@ -122,6 +122,8 @@ def test_compare_finds_a_model_equal_to_itself(
     best = min(told["pytorch_ms"], told["pytorch_benchmark_ms"])
     assert told["ratio"] == pytest.approx(best / told["dgrad_ms"])
     assert set(told["spreads"]) == {"pytorch", "pytorch_benchmark", "dgrad"}
+    assert set(told["shares"]) == set(told["spreads"])
+    assert all(0 < share <= 1 for share in told["shares"].values())
     assert any("PyTorch's own operator" in note for note in told["notes"])
     assert any("batch 1" in note for note in told["notes"])
     assert isinstance(told["selected"], list)

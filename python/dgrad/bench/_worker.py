@@ -26,7 +26,8 @@ from torch import nn
 import dgrad
 from dgrad.bench import environment
 from dgrad.bench._outputs import Verdict, judge
-from dgrad.bench.timing import Timing, measure
+from dgrad.bench._share import share
+from dgrad.bench.timing import measure
 
 _NAMES = ("Model", "get_inputs", "get_init_inputs")
 _T = TypeVar("_T")
@@ -62,14 +63,14 @@ def run(request: Request) -> dict[str, Any]:
     # after the file was imported, which may have set it
     torch.backends.cudnn.benchmark = request.setting == "pytorch_benchmark"
     if request.setting != "dgrad":
-        return {"timing": contest.time(swap=False).to_dict()}
+        return contest.time(swap=False)
     dgrad.set_flags(selection=request.selection)
     messages = _collect_messages()
-    timing = contest.time(swap=True)
+    times = contest.time(swap=True)
     verdict = contest.check()
     finite = verdict.max_abs_diff is not None and math.isfinite(verdict.max_abs_diff)
     return {
-        "timing": timing.to_dict(),
+        **times,
         "layers": contest.layers,
         "dtype": verdict.dtype,
         "equal": verdict.equal,
@@ -131,12 +132,15 @@ class _Contest:
             hint = " (the batch was cut to 1; --full-size keeps it)" if self.reduced else ""
             raise WorkerError(f"Model.forward failed{_words(error, self.module)}{hint}") from error
 
-    def time(self, swap: bool) -> Timing:
+    def time(self, swap: bool) -> dict[str, Any]:
+        """The "timing" of a forward pass, and the "share" of it that the layers take."""
         model, inputs = self.build(swap)
         with torch.no_grad():
-            return measure(
+            timing = measure(
                 lambda: self.forward(model, inputs), self.device, budget_s=self.request.budget_s
             )
+            part = share(model, lambda: self.forward(model, inputs), self.device)
+        return {"timing": timing.to_dict(), "share": part}
 
     def check(self) -> Verdict:
         """Compare the first outputs of two fresh models, PyTorch at its defaults."""

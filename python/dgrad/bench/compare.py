@@ -45,7 +45,9 @@ class Comparison:
 
     `max_abs_diff` is None where the outputs cannot be subtracted or the difference is not finite.
     `float64_errors`, where the outputs differ, is how far "pytorch" and "dgrad" are from float64.
-    `ratio` is the better of PyTorch's two medians divided by dgrad's: above 1 dgrad is faster.
+    `shares` are the parts, from 0 to 1, of each contestant's time that pass in its transposed
+    convolutions. `ratio` is the better of PyTorch's two medians divided by dgrad's: above 1 dgrad
+    is faster.
     """
 
     file: str | None
@@ -61,6 +63,7 @@ class Comparison:
     pytorch: Timing
     pytorch_benchmark: Timing
     dgrad: Timing
+    shares: dict[str, float]
     selected: list[str]
     notes: list[str]
     versions: dict[str, str | None]
@@ -105,12 +108,14 @@ def compare(
         for setting in _WHO
     }
     timings = {name: Timing(**result.pop("timing")) for name, result in results.items()}
+    shares = {name: result.pop("share") for name, result in results.items()}
     return Comparison(
         file=file,
         device=str(where),
         pytorch=timings["pytorch"],
         pytorch_benchmark=timings["pytorch_benchmark"],
         dgrad=timings["dgrad"],
+        shares=shares,
         **results["dgrad"],
     )
 
