@@ -18,7 +18,8 @@ _SAMPLE_MS = 1.0  # a sample is so many runs back to back that it takes about th
 _MAX_RUNS = 50
 _DROP_FACTOR = 4.0  # a candidate this much slower than the best by one run is not sampled again
 _LEAVE_FACTOR = 1.25  # by the samples of a round or more
-_BUILDERS = min(4, len(os.sched_getaffinity(0)))  # more compile no faster in cuDNN
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_BUILDERS = min(4, _CORES)  # more compile no faster in cuDNN
 _AHEAD = 2 * _BUILDERS  # so many are built before their turn comes
 _PATIENCE_S = 0.05  # for one that is built, before the budget is looked at again
 

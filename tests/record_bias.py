@@ -1,0 +1,100 @@
+"""What the bias costs: every layer of the suite that has one, with it and without.
+
+python tests/record_bias.py --out tests/results/bias-h200.json
+
+Device time of dgrad alone. A pass of its own for the bias reads and writes the output once more:
+"pass_ms" is what that takes at the speed of a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from code_hash import code_hash
+from dgrad.bench._bench_worker import Contestant
+from dgrad.bench.roofline import output_shape
+from dgrad.bench.suite import LAYOUTS, Case, cases
+
+_DTYPES = ("float32", "bfloat16")
+_SAMPLES = 3
+_TARGET = 1.15
+_NAMED = 10
+
+
+def _device_ms(contestant: Contestant, case: Case) -> tuple[float, str]:
+    """The median, and what was selected."""
+    answer = contestant.prepare(case.to_dict())
+    times = [ms for _ in range(_SAMPLES) for ms in contestant.sample()["device_ms"]]
+    contestant.release()
+    selected = answer["selected"]
+    return statistics.median(times), selected[0]["candidate"] if selected else ""
+
+
+def _timed(contestant: Contestant, wanted: list[Case], bytes_per_s: float) -> Iterator[Any]:
+    for case in wanted:
+        with_ms, selected = _device_ms(contestant, case)
+        without = replace(case, layer=replace(case.layer, bias=False))
+        without_ms, selected_without = _device_ms(contestant, without)
+        moved = 2 * math.prod(output_shape(case.layer)) * case.layer.dtype.itemsize
+        result = {
+            "name": case.name,
+            "dtype": case.dtype,
+            "layout": case.layout,
+            "biased_ms": with_ms,
+            "unbiased_ms": without_ms,
+            "pass_ms": moved / bytes_per_s * 1e3,
+            "ratio": with_ms / without_ms,
+            "selected": [selected, selected_without],
+        }
+        print(f"{case.label}: {result['ratio']:.3f} ({selected})", flush=True)
+        yield result
+
+
+def _summary(timed: list[dict[str, Any]]) -> dict[str, Any]:
+    ratios = [case["ratio"] for case in timed]
+    worst = sorted(timed, key=lambda case: -case["ratio"])[:_NAMED]
+    return {
+        "cases": len(timed),
+        "geomean_ratio": math.exp(statistics.fmean(map(math.log, ratios))),
+        "max_ratio": max(ratios),
+        "over_target": sum(ratio > _TARGET for ratio in ratios),
+        "worst": [[case["name"], case["dtype"], case["layout"], case["ratio"]] for case in worst],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--only", default="", help="a regular expression of layers' names")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    options = parser.parse_args()
+    contestant = Contestant("dgrad", options.device, "measure")
+    ceilings = contestant.ceilings(["float32"])
+    wanted = [
+        case
+        for dtype in _DTYPES
+        for case in cases("layers", [dtype], LAYOUTS, only=options.only)
+        if case.layer.bias
+    ]
+    timed = list(_timed(contestant, wanted, ceilings["copy_bytes_per_s"]))
+    meta = {
+        "command": "python tests/record_bias.py",
+        **contestant.describe(),
+        "copy_bytes_per_s": ceilings["copy_bytes_per_s"],
+        "code_hash": code_hash(),
+    }
+    record = {"meta": meta, "cases": timed, "summary": _summary(timed)}
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["summary"]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
