@@ -287,6 +287,23 @@ def test_flags_of_the_backward_pass_are_part_of_the_call() -> None:
         assert max(errors()) < 1e-5
 
 
+def test_a_profiler_sees_each_call_and_what_was_selected() -> None:
+    x, w, _ = (t.requires_grad_() for t in tensors())
+
+    def step() -> None:
+        y = dgrad.conv_transpose2d(x, w)
+        torch.autograd.grad(y, (x, w), torch.ones_like(y))
+
+    step()
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    ranges = sorted(e.name for e in profile.events() if e.name.startswith("dgrad::"))
+    chosen = sorted(f"dgrad::{s.problem.direction} {s.candidate}" for s, _ in dgrad.selections())
+    assert ranges == chosen
+    assert len(ranges) == 3
+
+
 def test_a_graph_is_freed_without_the_garbage_collector() -> None:
     x, w, b = (t.requires_grad_() for t in tensors())
     dgrad.conv_transpose2d(x, w, b)

@@ -542,6 +542,17 @@ def test_what_a_flag_asks_for_is_not_left_to_pytorch(flags: dict[str, Any]) -> N
     assert config.commands("wgrad", dgrad.Flags(**flags)) is ("algorithm" not in flags)
 
 
+def test_a_profiler_sees_what_was_selected(start: Start) -> None:
+    core = start(FakeResult("ALGO_1"))
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+        run()
+    ranges = [event.name for event in profile.events() if event.name.startswith("dgrad::")]
+    assert ranges == ["dgrad::dgrad legacy:ALGO_1 (DEFAULT_MATH)"] * 2
+    assert names(core) == ["ALGO_1"] * 3
+
+
 # --- measured times -----------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from . import _fallback, config
 from ._call import DTYPES, INPUTS, OUTPUT, Call, call_for, memory_format
 from ._geometry import Geometry, Pair, is_channels_last
-from ._watch import watchers
+from ._watch import profiling, watchers
 from .config import Flags
 from .planner import plan_cache
 
@@ -211,8 +211,8 @@ class _Convolution(Function):
             grad = grad.contiguous(
                 memory_format=torch.channels_last if nhwc else torch.contiguous_format
             )
-        recorded = torch.is_grad_enabled() or watchers
-        native = not (recorded or plan_cache.exchange is None or _is_batched(grad))
+        watched = watchers or profiling() or torch.is_grad_enabled()
+        native = not (watched or plan_cache.exchange is None or _is_batched(grad))
         found: list[Tensor | None] = [None, None]
         values = (a, b, grad)
         for index, (direction, first, second) in enumerate(_GRADIENTS[made.direction]):

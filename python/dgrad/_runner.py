@@ -10,12 +10,13 @@ from operator import methodcaller
 from typing import TYPE_CHECKING
 
 import torch
+from torch.profiler import record_function
 
 from . import _loader, log, store
 from ._candidates import make_plan, pass_operation, with_best_pass
 from ._check import Check
 from ._knowledge import knowledge_of
-from ._watch import note, watchers
+from ._watch import note, profiling, watchers
 from .config import Policy
 from .exceptions import (
     CudnnError,
@@ -85,7 +86,11 @@ class Runner:
                 self._choose(x, w, y, bias)
             assert self._plan is not None
             try:
-                self._execute(self._plan, self._bias, x, w, y, bias)
+                if profiling():
+                    with record_function(self._range()):
+                        self._execute(self._plan, self._bias, x, w, y, bias)
+                else:
+                    self._execute(self._plan, self._bias, x, w, y, bias)
             except _FAILURES as error:
                 if isinstance(error, CudnnError) and torch.cuda.is_current_stream_capturing():
                     raise  # of the capture, perhaps, and not of the candidate
@@ -99,6 +104,12 @@ class Runner:
                 note(self.selection())
                 self._knowledge.pack()
             return
+
+    def _range(self) -> str:
+        """What a profiler calls this."""
+        candidate = self._knowledge.candidates[self._index]
+        self._knowledge.pack()
+        return f"dgrad::{self._problem.direction} {candidate}"
 
     def _execute(
         self,

@@ -6,9 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch._C._autograd import _profiler_enabled as profiling
+
 from .selection import Selection
 
 Event = Selection | str
+
+__all__ = ["Event", "note", "profiling", "watchers", "watching"]
 
 _lock = threading.Lock()
 

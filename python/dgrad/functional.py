@@ -16,7 +16,7 @@ from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution, recipe, record
 from ._call import DTYPES, Call
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
-from ._watch import watchers
+from ._watch import profiling, watchers
 from .planner import plan_cache
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -97,7 +97,7 @@ def conv_transpose2d(
     if flags is not None:
         flags = config.interned(flags)
     ready, state, held = plan_cache.ready, None, config.current()
-    if plan_cache.exchange is not None and not watchers:
+    if plan_cache.exchange is not None and not watchers and not profiling():
         state = (stride, padding, output_padding, groups, dilation, *config.switches(flags))
     if ready is not None and state is not None:
         if not _records(input, weight, bias):
