@@ -52,6 +52,11 @@ def main() -> int:
         try:
             comparison = compare(str(file), device=arguments.device, budget_s=arguments.budget)
             case = {"problem": file.stem} | _kept(comparison)
+            if arguments.models:
+                step = compare(
+                    str(file), device=arguments.device, budget_s=arguments.budget, training=True
+                )
+                case["training"] = _kept(step)
             if not comparison.equal:
                 # Measuring may choose another precision than PyTorch's heuristic; this does not.
                 case["heuristic"] = _kept(

@@ -108,6 +108,20 @@ def test_info_runs_as_a_module_from_a_narrow_terminal_without_cutting() -> None:
 # --- compare: answers ---------------------------------------------------------------------------
 
 
+def test_compare_takes_a_step_of_training(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _compare(write(), "--training", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["training"] is True
+    assert told["equal"] is True
+    assert all(told[f"{name}_ms"] > 0 for name in ("pytorch", "pytorch_benchmark", "dgrad"))
+
+
+def test_a_step_of_training_needs_gradients(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(("self.drop = nn.Dropout()", "self.requires_grad_(False).drop = nn.Dropout()"))
+    assert _compare(file, "--training") == 2
+    assert "no tensor that requires a gradient" in capsys.readouterr().err
+
+
 def test_compare_finds_a_model_equal_to_itself(
     write: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

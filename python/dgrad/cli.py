@@ -105,6 +105,9 @@ def _add_compare(commands: Commands) -> None:
         choices=("measure", "exhaustive", "heuristic"),
         help="how dgrad chooses (default measure)",
     )
+    parser.add_argument(
+        "--training", action="store_true", help="time forward and backward; compare a step of SGD"
+    )
     parser.add_argument("--full-size", action="store_true", help="do not cut the batch on the CPU")
 
 
@@ -126,6 +129,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             budget_s=arguments.budget,
             full_size=arguments.full_size,
             selection=arguments.selection,
+            training=arguments.training,
         )
     except CompareError as error:
         print(f"compare: {error}", file=sys.stderr)
@@ -144,8 +148,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _print_comparison(c: Comparison) -> None:
     layers = f"{c.layers} layer{'' if c.layers == 1 else 's'}"
+    what = ", training" if c.training else ""
     print(
-        f"{c.file or 'built-in model'}: {layers} swapped, {c.dtype}, {c.device} ({c.device_name})"
+        f"{c.file or 'built-in model'}{what}: {layers} swapped, {c.dtype}, "
+        f"{c.device} ({c.device_name})"
     )
     largest = "none" if c.max_abs_diff is None else f"{c.max_abs_diff:.3g}"
     limit = "" if c.tolerance is None else f", atol = rtol = {c.tolerance:g}"

@@ -14,7 +14,7 @@ import math
 import random
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +29,7 @@ from dgrad.bench._outputs import Verdict, judge
 from dgrad.bench._share import share
 from dgrad.bench.timing import measure
 
+_LEARNING_RATE = 0.01
 _NAMES = ("Model", "get_inputs", "get_init_inputs")
 _T = TypeVar("_T")
 
@@ -52,6 +53,7 @@ class Request:
     budget_s: float | None
     full_size: bool
     selection: str | None = None
+    training: bool = False
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def run(request: Request) -> dict[str, Any]:
         "max_abs_diff": verdict.max_abs_diff if finite else None,
         "tolerance": verdict.tolerance,
         "differences": verdict.differences,
-        "float64_errors": None if verdict.equal else contest.float64_errors(),
+        "float64_errors": None if verdict.equal or request.training else contest.float64_errors(),
         "selected": list(dict.fromkeys(messages)),
         "notes": contest.notes(),
         "device_name": environment.device_name(device),
@@ -132,26 +134,48 @@ class _Contest:
             hint = " (the batch was cut to 1; --full-size keeps it)" if self.reduced else ""
             raise WorkerError(f"Model.forward failed{_words(error, self.module)}{hint}") from error
 
+    def step(self, model: nn.Module, inputs: list[Any]) -> object:
+        """Forward and backward, of the mean of squares of what comes out; the output."""
+        model.zero_grad()
+        output = self.forward(model, inputs)
+        squares = [tensor.square().mean() for tensor in _tensors(output) if tensor.requires_grad]
+        if not squares:
+            raise WorkerError("Model.forward returned no tensor that requires a gradient")
+        try:
+            torch.stack(squares).sum().backward()
+        except RuntimeError as error:  # out of memory too
+            raise WorkerError(f"the backward pass failed: {error}", "run") from error
+        return output
+
     def time(self, swap: bool) -> dict[str, Any]:
-        """The "timing" of a forward pass, and the "share" of it that the layers take."""
+        """The "timing" of a forward pass, or a step, and the "share" of forward in the layers."""
         model, inputs = self.build(swap)
-        with torch.no_grad():
+        work = self.step if self.request.training else self.forward
+        with torch.set_grad_enabled(self.request.training):
             timing = measure(
-                lambda: self.forward(model, inputs), self.device, budget_s=self.request.budget_s
+                lambda: work(model, inputs), self.device, budget_s=self.request.budget_s
             )
             part = share(model, lambda: self.forward(model, inputs), self.device)
         return {"timing": timing.to_dict(), "share": part}
 
     def check(self) -> Verdict:
-        """Compare the first outputs of two fresh models, PyTorch at its defaults."""
-        outputs = []
+        """Compare the first outputs of two fresh models, PyTorch at its defaults; in training also
+        their parameters after a step of SGD."""
+        outputs: list[object] = []
         for swap in (False, True):
             model, inputs = self.build(swap)
-            with torch.no_grad():
-                outputs.append(self.forward(model, inputs))
+            if self.request.training:
+                output = self.step(model, inputs)
+                torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE).step()
+                after = dict(model.named_parameters())
+                outputs.append({"output": output, "parameters after a step": after})
+            else:
+                with torch.no_grad():
+                    outputs.append(self.forward(model, inputs))
             del model, inputs
         try:
-            return judge(*outputs)
+            with torch.no_grad():
+                return judge(*outputs)
         except TypeError as error:
             raise WorkerError(str(error)) from error
 
@@ -280,6 +304,15 @@ def _to(value: Any, device: torch.device) -> Any:
     if type(value) is dict:
         return {key: _to(part, device) for key, part in value.items()}
     return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def _is_floating(value: Any) -> bool:

@@ -51,6 +51,7 @@ class Comparison:
     """
 
     file: str | None
+    training: bool
     device: str
     device_name: str
     dtype: str | None
@@ -90,12 +91,14 @@ def compare(
     budget_s: float | None = None,
     full_size: bool = False,
     selection: str | None = None,
+    training: bool = False,
 ) -> Comparison:
     """Compare on `device` (default: the GPU, else the CPU), each contestant in a fresh process.
 
     `file` is in KernelBench's format; None means dgrad.bench.default_model. `budget_s` is the time
     spent on timed runs of each contestant. On the CPU the batch is cut to 1 unless `full_size`.
-    `selection` is dgrad's flag of that name.
+    `selection` is dgrad's flag of that name. With `training` a step is timed, forward and backward
+    of the mean of squares, and the parameters after a step of SGD are compared too.
     Raises FileError for a wrong file or device, CompareError where a contestant failed or died.
     """
     where = _device(device)
@@ -103,7 +106,7 @@ def compare(
         raise FileError(f"{file}: no such file")
     results = {
         setting: _run_worker(
-            Request(setting, file, str(where), seed, budget_s, full_size, selection)
+            Request(setting, file, str(where), seed, budget_s, full_size, selection, training)
         )
         for setting in _WHO
     }
@@ -111,6 +114,7 @@ def compare(
     shares = {name: result.pop("share") for name, result in results.items()}
     return Comparison(
         file=file,
+        training=training,
         device=str(where),
         pytorch=timings["pytorch"],
         pytorch_benchmark=timings["pytorch_benchmark"],
