@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
 
-from dgrad.bench._outputs import judge
+from dgrad.bench._outputs import gradient_differences, judge
 from dgrad.bench._share import share
 from dgrad.bench.timing import Timing, measure
 
@@ -127,3 +128,52 @@ def test_the_share_of_the_layers(outside_s: float, inside_s: float, expected: fl
     found = share(model, lambda: model(torch.zeros(1)), torch.device("cpu"))
     assert found == pytest.approx(expected, abs=0.1)
     assert not model.layer._forward_hooks
+
+
+def test_nested_layers_are_counted_once() -> None:
+    class Nested(torch.nn.ConvTranspose2d):
+        def __init__(self) -> None:
+            super().__init__(1, 1, 1)
+            self.inner = Waiting(0.0, 0.02).layer
+
+        def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> Any:
+            time.sleep(0.02)
+            return self.inner(input)
+
+    model = torch.nn.Sequential(Nested())
+    assert share(model, lambda: model(torch.zeros(1)), torch.device("cpu")) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda g: g, None),
+        (lambda g: -g, "2 apart"),
+        (lambda g: g * 0, "1 apart"),
+        (lambda g: g * 10, "9 apart"),
+        (lambda g: g * float("nan"), "nan apart"),
+    ],
+)
+def test_wrong_gradients_are_told(dtype: torch.dtype, change: Any, told: str | None) -> None:
+    torch.manual_seed(0)
+    reference = {"weight": torch.randn(8, 8), "bias": torch.randn(8), "zero": torch.zeros(8)}
+    reference = {name: gradient.to(dtype) for name, gradient in reference.items()}
+    assert gradient_differences(reference, dict(reference)) == []
+    rounding = reference["zero"] + 1e-10
+    found = gradient_differences(
+        reference, {**reference, "bias": change(reference["bias"]), "zero": rounding}
+    )
+    if told is None:
+        assert found == []
+    else:
+        (words,) = found
+        assert words.startswith(f"gradient of bias: {told}")
+
+
+def test_gradients_that_tell_nothing_or_lack_are_differences() -> None:
+    one, none = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
+    assert gradient_differences(one, {}) == ["gradient of w: only one of the models has one"]
+    assert gradient_differences({}, {}) == []
+    (words,) = gradient_differences(none, one)
+    assert "nothing to compare" in words

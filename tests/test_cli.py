@@ -116,6 +116,13 @@ def test_compare_takes_a_step_of_training(write: Any, capsys: pytest.CaptureFixt
     assert all(told[f"{name}_ms"] > 0 for name in ("pytorch", "pytorch_benchmark", "dgrad"))
 
 
+def test_compare_swaps_parametrized_layers(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    normed = "nn.utils.parametrizations.weight_norm(nn.ConvTranspose2d(channels, 3, 3, stride=2))"
+    file = write(("nn.ConvTranspose2d(channels, 3, 3, stride=2)", normed))
+    assert _compare(file, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == 1
+
+
 def test_a_step_of_training_needs_gradients(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(("self.drop = nn.Dropout()", "self.requires_grad_(False).drop = nn.Dropout()"))
     assert _compare(file, "--training") == 2

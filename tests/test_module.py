@@ -472,3 +472,49 @@ def test_dgrads_own_layer_can_be_parametrized() -> None:
     expected = layer(EXAMPLE)
     nn.utils.parametrizations.weight_norm(layer)
     torch.testing.assert_close(layer(EXAMPLE), expected)
+
+
+def test_a_class_that_cannot_be_derived_from_leaves_the_others_whole() -> None:
+    class Tagged(nn.ConvTranspose2d):
+        def __init_subclass__(cls, *, tag: str) -> None:
+            super().__init_subclass__()
+
+    model = nn.Sequential(nn.ConvTranspose2d(3, 3, 1), Tagged(3, 3, 1), nn.ConvTranspose2d(3, 3, 1))
+    done = dgrad.convert(model, subclasses=True)
+    assert done == ["0", "2"]
+    assert done.left["1"].startswith("no class can be derived from Tagged: ")
+
+
+def test_a_filter_that_raises_changes_nothing() -> None:
+    model = Model()
+
+    def only(name: str, _: nn.Module) -> bool:
+        if name == "last.out":
+            raise KeyError(name)
+        return True
+
+    with pytest.raises(KeyError):
+        dgrad.convert(model, only=only)
+    assert not [m for m in model.modules() if isinstance(m, dgrad.ConvTranspose2d)]
+
+
+def test_layers_of_one_subclass_stay_of_one_class() -> None:
+    model = nn.Sequential(Doubled(3, 3, 1), Doubled(3, 3, 1))
+    dgrad.convert(model, subclasses=True)
+    assert type(model[0]) is type(model[1])
+
+
+def test_a_subclass_with_flags_of_its_own_is_left() -> None:
+    layer = Doubled(3, 3, 1)
+    layer.flags = {"mine": 1}  # type: ignore[assignment]
+    assert dgrad.convert(layer, subclasses=True) == []
+    assert "flags of its own" in dgrad.convert(layer, subclasses=True).left[""]
+
+
+def test_a_class_put_over_parametrizations_is_left() -> None:
+    layer = nn.ConvTranspose2d(3, 3, 1)
+    nn.utils.parametrizations.weight_norm(layer)
+    layer.__class__ = type("Wrapped", (type(layer),), {})
+    assert dgrad.convert(layer, subclasses=True).left == {
+        "": "Wrapped was put over its parametrizations"
+    }

@@ -106,7 +106,7 @@ def _add_compare(commands: Commands) -> None:
         help="how dgrad chooses (default measure)",
     )
     parser.add_argument(
-        "--training", action="store_true", help="time forward and backward; compare a step of SGD"
+        "--training", action="store_true", help="time forward and backward, and compare gradients"
     )
     parser.add_argument("--full-size", action="store_true", help="do not cut the batch on the CPU")
 

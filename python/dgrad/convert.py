@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
+from .config import Flags
 from .modules import ConvTranspose2d
 
 _TORCH = torch.nn.ConvTranspose2d
 _ORIGINAL = "_dgrad_original"  # of a class made here: the subclass that it stands for
+_made: WeakKeyDictionary[type, type] = WeakKeyDictionary()  # by that subclass
 
 Filter = str | Callable[[str, torch.nn.Module], bool]
 
@@ -67,17 +70,20 @@ def _turn(
     model: torch.nn.Module, class_for: Callable[[torch.nn.Module], type], only: Filter | None
 ) -> Conversion:
     done = Conversion()
+    classes: list[tuple[torch.nn.Module, type]] = []  # all or none, should something raise
     for name, module in model.named_modules():
         if not isinstance(module, _TORCH) and _scripted_as(module) != _TORCH.__name__:
             continue
         try:
             if not _is_wanted(name, module, only):
                 raise _LeftError("only leaves it out")
-            # The classes have the same attributes, and all that refers to the module stays right.
-            module.__class__ = class_for(module)
+            classes.append((module, class_for(module)))
             done.append(name)
         except _LeftError as reason:
             done.left[name] = str(reason)
+    for module, cls in classes:
+        # The classes have the same attributes, and all that refers to the module stays right.
+        module.__class__ = cls
     return done
 
 
@@ -99,14 +105,21 @@ def _ours(module: torch.nn.Module, subclasses: bool) -> type:
         raise _LeftError("it is compiled by TorchScript: convert the model before")
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         raise _LeftError("its sizes are not known yet: run the model once before")
+    if not isinstance(getattr(module, "flags", None), Flags | None):
+        raise _LeftError("it has an attribute flags of its own, which is dgrad's name")
 
     def ours(cls: type) -> type:
         if cls is _TORCH:
             return ConvTranspose2d
         if not subclasses:
             raise _LeftError(f"{cls.__name__} is a subclass: subclasses=True turns it too")
-        fields = {_ORIGINAL: cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        return type(cls.__name__, (cls, ConvTranspose2d), fields)
+        if cls not in _made:
+            fields = {_ORIGINAL: cls, "__module__": cls.__module__}
+            try:
+                _made[cls] = type(cls.__name__, (cls, ConvTranspose2d), fields)
+            except TypeError as error:  # a metaclass, or __init_subclass__, wants more
+                raise _LeftError(f"no class can be derived from {cls.__name__}: {error}") from error
+        return _made[cls]
 
     return _rebased(module, ours)
 
@@ -135,6 +148,8 @@ def _rebased(module: torch.nn.Module, change: Callable[[type], type]) -> type:
     cls = type(module)
     if not is_parametrized(module):
         return change(cls)
+    if len(cls.__bases__) > 1 or not cls.__name__.startswith("Parametrized"):
+        raise _LeftError(f"{cls.__name__} was put over its parametrizations")
     own: dict[str, Any] = dict(vars(cls))
     for name in ("__dict__", "__weakref__"):  # made for each class anew
         own.pop(name, None)

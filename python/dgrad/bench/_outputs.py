@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 _HALF = (torch.float16, torch.bfloat16)
+# Relative to the gradient's norm, and to the largest of all.
+_GRADIENT_LIMITS = {torch.float64: (1e-6, 1e-9), torch.float32: (0.02, 1e-3)}
 # Elements looked at together: the temporaries of a 2 GiB output then stay below 0.5 GiB.
 _PIECE = 1 << 24
 
@@ -35,6 +37,43 @@ class Verdict:
 def tolerance(dtype: torch.dtype) -> float:
     """KernelBench's atol = rtol: 1e-2 for half types, else 1e-4."""
     return 1e-2 if dtype in _HALF else 1e-4
+
+
+def gradient_differences(
+    reference: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Where gradients of the same names differ, in words: each by its relative norm.
+
+    The limits leave room for float32 that may be tf32, and for what layers before and behind make
+    of it. Some gradients are zero but for rounding, such as a bias's in front of a normalization:
+    what is small against the largest norm may differ.
+    """
+    found = [
+        f"gradient of {name}: only one of the models has one"
+        for name in sorted(reference.keys() ^ other.keys())
+    ]
+    norms = {name: _norm(gradient) for name, gradient in reference.items()}
+    largest = max(norms.values(), default=0.0)
+    if reference and not 0 < largest < math.inf:
+        return [
+            *found,
+            f"gradients: their largest norm is {largest} with PyTorch: nothing to compare",
+        ]
+    for name in sorted(reference.keys() & other.keys()):
+        relative, of_largest = _GRADIENT_LIMITS.get(reference[name].dtype, (0.1, 0.01))
+        error = _norm(_wide(other[name]) - _wide(reference[name]))
+        if not error <= relative * norms[name] + of_largest * largest:
+            apart = error / (norms[name] or largest)
+            found.append(f"gradient of {name}: {apart:.2g} apart (relative norm, limit {relative})")
+    return found
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(_wide(tensor)))
 
 
 def judge(reference: object, other: object) -> Verdict:

@@ -20,14 +20,16 @@ def share(model: nn.Module, run: Callable[[], object], device: torch.device) -> 
     host leaves. The median of a few runs, after one that is not counted.
     """
     kind = "cuda" if device.type == "cuda" else "cpu"
-    begun: dict[nn.Module, Any] = {}
+    begun: list[Any] = []  # the outermost first: one inside another is the other's time
     spans: list[tuple[Any, Any]] = []
 
     def before(module: nn.Module, _: object) -> None:
-        begun[module] = _mark(kind)
+        begun.append(_mark(kind))
 
     def after(module: nn.Module, *_: object) -> None:
-        spans.append((begun.pop(module), _mark(kind)))
+        span = begun.pop(), _mark(kind)
+        if not begun:
+            spans.append(span)
 
     hooks = [
         handle

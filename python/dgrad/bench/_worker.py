@@ -25,11 +25,10 @@ from torch import nn
 
 import dgrad
 from dgrad.bench import environment
-from dgrad.bench._outputs import Verdict, judge
+from dgrad.bench._outputs import Verdict, gradient_differences, judge
 from dgrad.bench._share import share
 from dgrad.bench.timing import measure
 
-_LEARNING_RATE = 0.01
 _NAMES = ("Model", "get_inputs", "get_init_inputs")
 _T = TypeVar("_T")
 
@@ -135,14 +134,15 @@ class _Contest:
             raise WorkerError(f"Model.forward failed{_words(error, self.module)}{hint}") from error
 
     def step(self, model: nn.Module, inputs: list[Any]) -> object:
-        """Forward and backward, of the mean of squares of what comes out; the output."""
+        """Forward and backward, of the sum of squares of what comes out; the output."""
         model.zero_grad()
         output = self.forward(model, inputs)
-        squares = [tensor.square().mean() for tensor in _tensors(output) if tensor.requires_grad]
+        # Not the mean, whose gradients half types round to zero.
+        squares = [t.float().square().sum() for t in _tensors(output) if t.requires_grad]
         if not squares:
             raise WorkerError("Model.forward returned no tensor that requires a gradient")
         try:
-            torch.stack(squares).sum().backward()
+            (torch.stack(squares).sum() / len(squares)).backward()
         except RuntimeError as error:  # out of memory too
             raise WorkerError(f"the backward pass failed: {error}", "run") from error
         return output
@@ -160,22 +160,22 @@ class _Contest:
 
     def check(self) -> Verdict:
         """Compare the first outputs of two fresh models, PyTorch at its defaults; in training also
-        their parameters after a step of SGD."""
+        the gradients of all parameters."""
         outputs: list[object] = []
+        gradients: list[dict[str, torch.Tensor]] = []
         for swap in (False, True):
             model, inputs = self.build(swap)
-            if self.request.training:
-                output = self.step(model, inputs)
-                torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE).step()
-                after = dict(model.named_parameters())
-                outputs.append({"output": output, "parameters after a step": after})
-            else:
-                with torch.no_grad():
-                    outputs.append(self.forward(model, inputs))
+            work = self.step if self.request.training else self.forward
+            with torch.set_grad_enabled(self.request.training):
+                outputs.append(work(model, inputs))
+            parameters = model.named_parameters()
+            gradients.append({name: p.grad for name, p in parameters if p.grad is not None})
             del model, inputs
         try:
             with torch.no_grad():
-                return judge(*outputs)
+                verdict = judge(*outputs)
+                verdict.differences += gradient_differences(*gradients)
+                return verdict
         except TypeError as error:
             raise WorkerError(str(error)) from error
 
@@ -227,7 +227,9 @@ class _Contest:
         if swap:
             layers = self.layers = len(dgrad.convert(model))
         else:
-            layers = sum(type(m) is nn.ConvTranspose2d for m in model.modules())
+            turned = dgrad.convert(model)
+            dgrad.restore(model, only=lambda name, _: name in turned)
+            layers = len(turned)
         if layers == 0:
             raise WorkerError(
                 "Model has no torch.nn.ConvTranspose2d layer to swap "

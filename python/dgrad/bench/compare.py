@@ -98,7 +98,7 @@ def compare(
     `file` is in KernelBench's format; None means dgrad.bench.default_model. `budget_s` is the time
     spent on timed runs of each contestant. On the CPU the batch is cut to 1 unless `full_size`.
     `selection` is dgrad's flag of that name. With `training` a step is timed, forward and backward
-    of the mean of squares, and the parameters after a step of SGD are compared too.
+    of the sum of squares, and the gradients of all parameters are compared too.
     Raises FileError for a wrong file or device, CompareError where a contestant failed or died.
     """
     where = _device(device)
