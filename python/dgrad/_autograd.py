@@ -128,19 +128,19 @@ def _gradient(
     direction: str, a: Tensor, b: Tensor, made: Recipe, size: Pair, native: bool
 ) -> Tensor:
     """:func:`convolution` of a backward pass; if ``native``, by native code where it is known."""
-    if not native:
-        return convolution(direction, a, b, made.geometry, size, made.flags)
     held = config.current()
     state = (direction, size, *made.geometry, *config.switches(made.flags))
-    if plan_cache.ready is not None:
+    if native and plan_cache.ready is not None:
         result = plan_cache.ready.run(a, b, None, state)
         if result is not None:
             return result
-    result = convolution(direction, a, b, made.geometry, size, made.flags)
+    if not native or _unsuitable(a) is not None:
+        return convolution(direction, a, b, made.geometry, size, made.flags)
+    call = call_for(direction, a, b, made.geometry, size, made.flags)
+    result = convolution(direction, a, b, made.geometry, size, made.flags, call)
     # Unless a switch was turned meanwhile, by another thread.
     unchanged = state == (direction, size, *made.geometry, *config.switches(made.flags))
-    if unchanged and config.current() is held and _unsuitable(a) is None:
-        call = call_for(direction, a, b, made.geometry, size, made.flags)
+    if unchanged and config.current() is held:
         ready = call.ready((held, made.flags))
         if ready is not None:
             plan_cache.keep_ready(a, b, None, state, ready)
