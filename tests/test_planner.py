@@ -576,22 +576,18 @@ def test_the_fastest_runs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None
     assert "next legacy:ALGO_1 (DEFAULT_MATH) 100.0 % slower" in str(selection)
 
 
-def test_within_the_noise_the_deterministic_and_then_the_smaller_wins(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("others", "chosen"),
+    [((1.004, 1.008), "GEMM"), ((1.012, 1.012), "ALGO_0")],
+    ids=["within a percent the deterministic and then the smaller", "beyond it the fastest"],
+)
+def test_what_wins_within_the_noise_and_beyond(
+    start: Start, monkeypatch: pytest.MonkeyPatch, others: tuple[float, float], chosen: str
 ) -> None:
     core = start(*THREE)
-    fake_times(core, monkeypatch, {"ALGO_1": 1.004, "ALGO_0": 1.0, "GEMM": 1.008})
+    fake_times(core, monkeypatch, {"ALGO_1": others[0], "ALGO_0": 1.0, "GEMM": others[1]})
     run(selection="measure")
-    assert names(core) == ["GEMM"]
-
-
-def test_beyond_the_noise_of_a_percent_the_fastest_wins(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core = start(*THREE)
-    fake_times(core, monkeypatch, {"ALGO_1": 1.012, "ALGO_0": 1.0, "GEMM": 1.012})
-    run(selection="measure")
-    assert names(core) == ["ALGO_0"]
+    assert names(core) == [chosen]
 
 
 def timed(*times: tuple[float, float | None], workspace_bytes: int = 0) -> list[Candidate]:

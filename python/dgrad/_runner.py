@@ -16,6 +16,7 @@ from . import _loader, log, store
 from ._candidates import make_plan, pass_operation, with_best_pass
 from ._check import Check
 from ._knowledge import knowledge_of
+from ._refusal import nothing_usable
 from ._watch import note, profiling, watchers
 from .config import Policy
 from .exceptions import (
@@ -23,13 +24,11 @@ from .exceptions import (
     CudnnExecutionError,
     CudnnInternalError,
     CudnnNotInitializedError,
-    NotSupportedError,
-    OutOfMemoryError,
     TorchOutOfMemoryError,
 )
 from .measure import Contestant, measure
 from .planner import objection, preference, selection_of
-from .selection import ADD, FUSED, Selection, format_bytes, reasons_table, reproduction
+from .selection import ADD, FUSED, Selection, format_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,7 +189,7 @@ class Runner:
                 log.captured(problem)
             knowledge.pack()
             return
-        raise self._nothing_usable()
+        raise nothing_usable(self._knowledge, self._policy)
 
     def _untimed(self) -> list[int]:
         """The candidates to time before this policy can choose."""
@@ -336,40 +335,3 @@ class Runner:
         if self._knowledge.has_run(self._policy, self._index, self._source()):
             log.selected(self.selection(), self._policy)
         self._knowledge.pack()
-
-    def _nothing_usable(self) -> NotSupportedError:
-        problem, policy = self._problem, self._policy
-        reasons = [
-            (candidate, objection(candidate, problem.direction, policy) or "not tried")
-            for candidate in self._knowledge.candidates
-        ]
-        flags = {
-            name: value
-            for name, value in (
-                ("allow_tf32", problem.tf32 if problem.dtype == "float32" else None),
-                ("deterministic", policy.deterministic or None),
-                ("workspace_limit", policy.workspace_limit),
-                (
-                    "algorithm",
-                    {d: n[0] if len(n) == 1 else list(n) for d, n in policy.algorithm} or None,
-                ),
-                ("fallback", "error"),
-            )
-            if value is not None
-        }
-        lacking = [
-            index
-            for index, (candidate, _) in enumerate(reasons)
-            if candidate.out_of_memory
-            and objection(replace(candidate, rejected=None), problem.direction, policy) is None
-        ]
-        for index in lacking:  # with nothing else to run, memory is worth another look
-            self._knowledge.update(index, rejected=None, out_of_memory=False)
-        self._knowledge.pack()
-        out_of_memory = bool(lacking)
-        what = "is out of memory for" if out_of_memory else "has no usable candidate for"
-        message = (
-            f"dgrad {what} {problem}\n{reasons_table(reasons)}\n"
-            f"To reproduce:\n\n{reproduction(problem, flags)}\n"
-        )
-        return OutOfMemoryError(message) if out_of_memory else NotSupportedError(message)

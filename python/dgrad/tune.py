@@ -126,7 +126,8 @@ def _recorded(fields: object, backward: bool, device: int) -> Iterator[_Call]:
 
 
 def _model(path: Path, backward: bool, device: int) -> _Call:
-    from .bench._worker import Request, WorkerError, _Contest
+    from .bench._model_file import WorkerError
+    from .bench._worker import Request, _Contest
 
     request = Request("dgrad", str(path), f"cuda:{device}", _SEED, None, full_size=True)
     try:

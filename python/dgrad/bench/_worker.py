@@ -5,19 +5,14 @@ IN and OUT are JSON files, because the compared file may print whatever it likes
 
 from __future__ import annotations
 
-import importlib
-import importlib.machinery
-import importlib.util
 import json
 import logging
 import math
 import random
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -25,20 +20,12 @@ from torch import nn
 
 import dgrad
 from dgrad.bench import environment
+from dgrad.bench._model_file import WorkerError, load, words_of
 from dgrad.bench._outputs import Verdict, gradient_differences, judge
 from dgrad.bench._share import share
 from dgrad.bench.timing import measure
 
-_NAMES = ("Model", "get_inputs", "get_init_inputs")
 _T = TypeVar("_T")
-
-
-class WorkerError(Exception):
-    """What to tell the user; `fault` is "file" (the compared file's) or "run" (anything else)."""
-
-    def __init__(self, message: str, fault: str = "file") -> None:
-        super().__init__(message)
-        self.fault = fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +79,7 @@ class _Contest:
     def __init__(self, request: Request, device: torch.device) -> None:
         self.request = request
         self.device = device
-        self.module = _load(request.file)
+        self.module = load(request.file)
         self.layers = 0
         self.reduced = False
 
@@ -128,10 +115,12 @@ class _Contest:
         except Exception as error:
             if self.request.setting == "dgrad":
                 raise WorkerError(
-                    f"Model.forward failed{_words(error, self.module)}", "run"
+                    f"Model.forward failed{words_of(error, self.module)}", "run"
                 ) from error
             hint = " (the batch was cut to 1; --full-size keeps it)" if self.reduced else ""
-            raise WorkerError(f"Model.forward failed{_words(error, self.module)}{hint}") from error
+            raise WorkerError(
+                f"Model.forward failed{words_of(error, self.module)}{hint}"
+            ) from error
 
     def step(self, model: nn.Module, inputs: list[Any]) -> object:
         """Forward and backward, of the sum of squares of what comes out; the output."""
@@ -260,42 +249,12 @@ class _Contest:
         try:
             return call()
         except (Exception, SystemExit) as error:
-            raise WorkerError(f"{failed}{_words(error, self.module)}") from error
+            raise WorkerError(f"{failed}{words_of(error, self.module)}") from error
 
     @staticmethod
     def _expect_sequence(name: str, value: object) -> None:
         if not isinstance(value, (list, tuple)):
             raise WorkerError(f"{name} returned a {type(value).__name__}: expected a list")
-
-
-def _load(file: str | None) -> ModuleType:
-    """Import FILE as a script would be: its folder first on the path."""
-    if file is None:
-        return importlib.import_module("dgrad.bench.default_model")
-    path = Path(file).resolve()
-    name = f"_dgrad_compared_{path.stem}"
-    loader = importlib.machinery.SourceFileLoader(name, str(path))  # any suffix
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    sys.path.insert(0, str(path.parent))
-    try:
-        loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise WorkerError(f"the file cannot be imported{_words(error, module)}") from error
-    missing = [wanted for wanted in _NAMES if not callable(getattr(module, wanted, None))]
-    if missing:
-        raise WorkerError(f"the file lacks {', '.join(missing)}: expected {', '.join(_NAMES)}")
-    return module
-
-
-def _words(error: BaseException, module: ModuleType) -> str:
-    """Where in the compared file, and what."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == module.__file__]
-    place = f" at line {lines[-1]}" if lines else ""
-    return f"{place}: {type(error).__name__}: {error}"
 
 
 def _to(value: Any, device: torch.device) -> Any:
