@@ -287,6 +287,7 @@ def test_flags_of_the_backward_pass_are_part_of_the_call() -> None:
         assert max(errors()) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # PyTorch 2.11's own
 def test_a_profiler_sees_each_call_and_what_was_selected() -> None:
     x, w, _ = (t.requires_grad_() for t in tensors())
 
