@@ -162,15 +162,16 @@ void bind_ready(py::module_& m) {
     py::class_<dgrad::UseCount, std::shared_ptr<dgrad::UseCount>>(m, "UseCount")
         .def(py::init<>())
         .def_readonly("count", &dgrad::UseCount::count);
-    py::class_<ReadyCall, std::shared_ptr<ReadyCall>>(m, "ReadyCall")
+    py::class_<ReadyCall>(m, "ReadyCall")
         .def(py::init([](std::shared_ptr<dgrad::Plan> plan, const std::string& direction,
                          py::object make_out, py::object make_workspace, py::object enter_bias,
                          bool plan_reads_bias, bool pytorch_adds_bias,
                          std::shared_ptr<dgrad::UseCount> uses, py::object recipe) {
-                 return std::make_shared<ReadyCall>(ReadyCall{
-                     std::move(plan), dgrad::parse_direction(direction), std::move(make_out),
-                     std::move(make_workspace), std::move(enter_bias), plan_reads_bias,
-                     pytorch_adds_bias, std::move(uses), std::move(recipe)});
+                 return ReadyCall{std::move(plan),       dgrad::parse_direction(direction),
+                                  std::move(make_out),   std::move(make_workspace),
+                                  std::move(enter_bias), plan_reads_bias,
+                                  pytorch_adds_bias,     std::move(uses),
+                                  std::move(recipe)};
              }),
              py::kw_only(), "plan"_a.none(false), "direction"_a, "make_out"_a, "make_workspace"_a,
              "enter_bias"_a, "plan_reads_bias"_a, "pytorch_adds_bias"_a, "uses"_a.none(false),

@@ -170,22 +170,28 @@ bool ReadyCalls::make_key(const py::object& a, const py::object& b, const py::ob
     return add_facts(a, key) && add_facts(b, key) && (bias.is_none() || add_facts(bias, key));
 }
 
-std::shared_ptr<ReadyCall> ReadyCalls::find(const py::object& a, const py::object& b,
-                                            const py::object& bias, const py::tuple& state) {
+const ReadyCalls::Entry* ReadyCalls::look_up(const py::object& a, const py::object& b,
+                                             const py::object& bias, const py::tuple& state) {
     Key key;
     if (!make_key(a, b, bias, state, &key)) return nullptr;
     const auto found = entries_.find(key);
     if (found == entries_.end()) return nullptr;
     ++hits_;
-    return found->second;
+    return &found->second;
+}
+
+py::object ReadyCalls::find(const py::object& a, const py::object& b, const py::object& bias,
+                            const py::tuple& state) {
+    const Entry* const entry = look_up(a, b, bias, state);
+    return entry == nullptr ? py::none() : entry->object;
 }
 
 py::object ReadyCalls::run(const py::object& a, const py::object& b, const py::object& bias,
                            const py::tuple& state) {
-    // Owned here: the entry may go while it runs.
-    const std::shared_ptr<ReadyCall> call = find(a, b, bias, state);
-    if (call == nullptr) return py::none();
-    return execute(*call, a, b, bias);
+    const Entry* const entry = look_up(a, b, bias, state);
+    if (entry == nullptr) return py::none();
+    const Entry kept = *entry;  // the table's own may go while it runs
+    return execute(*kept.call, a, b, bias);
 }
 
 py::object ReadyCalls::execute(const ReadyCall& call, const py::object& a, const py::object& b,
@@ -197,7 +203,7 @@ py::object ReadyCalls::execute(const ReadyCall& call, const py::object& a, const
         if (exchange_->current_work_stream(dlpack::cuda, from.device_id, &stream) != 0) {
             throw py::error_already_set();
         }
-        py::object out = call.make_out(a);
+        py::object out = call.make_out();
         const py::object workspace =
             call.make_workspace.is_none() ? py::none() : call.make_workspace();
         void* const scratch = workspace.is_none() ? nullptr : storage_address(workspace);
@@ -221,10 +227,10 @@ py::object ReadyCalls::execute(const ReadyCall& call, const py::object& a, const
 }
 
 void ReadyCalls::put(const py::object& a, const py::object& b, const py::object& bias,
-                     const py::tuple& state, std::shared_ptr<ReadyCall> call) {
+                     const py::tuple& state, const py::object& call) {
     Key key;
     if (make_key(a, b, bias, state, &key)) {
-        entries_.insert_or_assign(std::move(key), std::move(call));
+        entries_.insert_or_assign(std::move(key), Entry{call, &call.cast<const ReadyCall&>()});
     }
 }
 

@@ -28,7 +28,7 @@ struct UseCount {
 struct ReadyCall {
     std::shared_ptr<Plan> plan;
     Direction direction;
-    pybind11::object make_out;        // of a: the tensor for the result
+    pybind11::object make_out;        // of nothing: a tensor on the current device, for the result
     pybind11::object make_workspace;  // of nothing: a storage
     pybind11::object enter_bias;      // of the bias: the one that the plan reads
     bool plan_reads_bias;
@@ -51,16 +51,16 @@ class ReadyCalls {
     pybind11::object run(const pybind11::object& a, const pybind11::object& b,
                          const pybind11::object& bias, const pybind11::tuple& state);
 
-    // The call that run() would make, or null.
-    std::shared_ptr<ReadyCall> find(const pybind11::object& a, const pybind11::object& b,
-                                    const pybind11::object& bias, const pybind11::tuple& state);
+    // The call that run() would make, or None.
+    pybind11::object find(const pybind11::object& a, const pybind11::object& b,
+                          const pybind11::object& bias, const pybind11::tuple& state);
 
     // What run() does with a call that was found for these very tensors; None if it fails.
     pybind11::object execute(const ReadyCall& call, const pybind11::object& a,
                              const pybind11::object& b, const pybind11::object& bias);
 
     void put(const pybind11::object& a, const pybind11::object& b, const pybind11::object& bias,
-             const pybind11::tuple& state, std::shared_ptr<ReadyCall> call);
+             const pybind11::tuple& state, const pybind11::object& call);
 
     void clear();  // the hits stay
     [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
@@ -81,8 +81,16 @@ class ReadyCalls {
     struct Hash {
         std::size_t operator()(const Key& key) const noexcept;
     };
+    // The call as Python has it, which would cost an object at each look-up otherwise.
+    struct Entry {
+        pybind11::object object;
+        const ReadyCall* call;
+    };
 
     bool add_facts(const pybind11::object& object, Key* key) const;
+    // What is found is counted as a hit; null if nothing is.
+    const Entry* look_up(const pybind11::object& a, const pybind11::object& b,
+                         const pybind11::object& bias, const pybind11::tuple& state);
     bool make_key(const pybind11::object& a, const pybind11::object& b,
                   const pybind11::object& bias, const pybind11::tuple& state, Key* key) const;
     [[nodiscard]] dlpack::Tensor read(const pybind11::object& tensor) const;
@@ -90,7 +98,7 @@ class ReadyCalls {
     const dlpack::Exchange* exchange_;
     pybind11::tuple types_;
     pybind11::object current_device_;
-    std::unordered_map<Key, std::shared_ptr<ReadyCall>, Hash> entries_;
+    std::unordered_map<Key, Entry, Hash> entries_;
     std::uint64_t hits_ = 0;
 };
 

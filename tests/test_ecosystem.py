@@ -61,9 +61,10 @@ def test_compiling_breaks_no_graph_and_trains(device: str, dynamic: bool) -> Non
 
 @on_each_device
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_an_exported_program_is_of_pytorchs_operators(device: str) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_is_of_pytorchs_operators(device: str, strict: bool) -> None:
     plain, converted, x = models(device)
-    program = torch.export.export(converted.eval(), (x,))
+    program = torch.export.export(converted.eval(), (x,), strict=strict)
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert any("conv_transpose2d" in name or "convolution" in name for name in called)
     assert not [name for name in called if not name.startswith("aten.")]

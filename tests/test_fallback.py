@@ -202,14 +202,16 @@ def test_a_gradient_taken_while_cudnn_is_off_is_refused_or_logged(
     assert "torch.backends.cudnn.enabled is False" in caplog.text
 
 
-def test_nothing_is_logged_while_pytorch_compiles(
+def test_nothing_is_logged_while_pytorch_exports(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(functional, "_is_exporting", lambda: True)
     with caplog.at_level(logging.INFO, logger="dgrad"), watching() as events:
         dgrad.conv_transpose2d(X, W)
-        convolution("dgrad", X, W, PLAIN, (5, 5))
     assert (caplog.messages, events) == ([], [])
+    with dgrad.flags(fallback="error"), pytest.raises(dgrad.NotSupportedError, match="exporting"):
+        dgrad.conv_transpose2d(X, W)
 
 
 # --- what PyTorch runs gives its results --------------------------------------------------------
@@ -362,7 +364,7 @@ def test_a_layer_can_be_called_with_other_parameters() -> None:
 @pytest.fixture
 def cpu_taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """CPU tensors are prepared as CUDA tensors are; the list holds the input pointers of calls."""
-    unsuitable, pointers = functional._unsuitable, []
+    unsuitable, pointers = functional.unsuitable, []
 
     def without_devices(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         with monkeypatch.context() as patch:
@@ -382,7 +384,7 @@ def cpu_taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def ready(self, recipe: object) -> None:
             return None  # native code reads CUDA tensors alone
 
-    monkeypatch.setattr(functional, "_unsuitable", without_devices)
+    monkeypatch.setattr(functional, "unsuitable", without_devices)
     monkeypatch.setattr(functional, "Call", Recorder)
     return pointers
 

@@ -5,7 +5,7 @@ import torch  # noqa: F401  isort: skip
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import _loader, store
+from . import _loader, _ops, store  # noqa: F401 (_ops defines torch.ops.dgrad)
 from ._loader import is_available, unavailable_reason
 from .config import Flags, flags, set_flags
 from .convert import convert, restore

@@ -39,7 +39,7 @@ def _gradients(direction: str) -> list[tuple[str, int, int]]:
     ]
 
 
-_GRADIENTS = {direction: _gradients(direction) for direction in OUTPUT}
+GRADIENTS = {direction: _gradients(direction) for direction in OUTPUT}
 
 
 class Recipe(NamedTuple):
@@ -124,26 +124,33 @@ def convolution(
     return call(a, b, bias)
 
 
-def _gradient(
-    direction: str, a: Tensor, b: Tensor, made: Recipe, size: Pair, native: bool
+def unrecorded(
+    direction: str,
+    a: Tensor,
+    b: Tensor,
+    geometry: Geometry,
+    size: Pair,
+    flags: Flags | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """:func:`convolution` of a backward pass; if ``native``, by native code where it is known."""
+    """:func:`convolution` where autograd records nothing, by native code where it is known."""
     held = config.current()
-    state = (direction, size, *made.geometry, *config.switches(made.flags))
-    if native and plan_cache.ready is not None:
-        result = plan_cache.ready.run(a, b, None, state)
+    state = (direction, size, *geometry, *config.switches(flags))
+    watched = watchers or profiling()
+    if plan_cache.ready is not None and not watched:
+        result = plan_cache.ready.run(a, b, bias, state)
         if result is not None:
             return result
-    if not native or _unsuitable(a) is not None:
-        return convolution(direction, a, b, made.geometry, size, made.flags)
-    call = call_for(direction, a, b, made.geometry, size, made.flags)
-    result = convolution(direction, a, b, made.geometry, size, made.flags, call)
+    if watched or plan_cache.exchange is None or _unsuitable(a) is not None:
+        return convolution(direction, a, b, geometry, size, flags, None, bias)
+    call = call_for(direction, a, b, geometry, size, flags, bias)
+    result = convolution(direction, a, b, geometry, size, flags, call, bias)
     # Unless a switch was turned meanwhile, by another thread.
-    unchanged = state == (direction, size, *made.geometry, *config.switches(made.flags))
+    unchanged = state == (direction, size, *geometry, *config.switches(flags))
     if unchanged and config.current() is held:
-        ready = call.ready((held, made.flags))
+        ready = call.ready((held, flags))
         if ready is not None:
-            plan_cache.keep_ready(a, b, None, state, ready)
+            plan_cache.keep_ready(a, b, bias, state, ready)
     return result
 
 
@@ -156,6 +163,23 @@ def _unsuitable(tensor: Tensor) -> str | None:
     if not torch._C._get_cudnn_enabled():
         return "torch.backends.cudnn.enabled is False"
     return None
+
+
+def entered(made: Recipe, a: Any, b: Any, grad: Tensor) -> tuple[Any, Any, Tensor]:
+    """The saved inputs and the incoming gradient, in the layouts that PyTorch's backward pass
+    brings them into: the results' follow from these."""
+    if made.direction == "dgrad":
+        # PyTorch brings the incoming gradient into the input's layout, and before that the
+        # input into the forward's if the weight's gradient needs it.
+        nhwc = made.a_is_channels_last
+        if a is not None:
+            given, a = a, a.contiguous(memory_format=made.memory_format)
+            if a is not given or nhwc != (made.memory_format is torch.channels_last):
+                nhwc = is_channels_last(a.shape, a.stride())
+        grad = grad.contiguous(
+            memory_format=torch.channels_last if nhwc else torch.contiguous_format
+        )
+    return a, b, grad
 
 
 def _is_batched(tensor: Tensor) -> bool:
@@ -177,9 +201,11 @@ class _Convolution(Function):
     def forward(
         ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, made: Recipe | ReadyCall
     ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        # What ctx.needs_input_grad would say, for a tenth of its time.
-        ctx.save_for_backward(a if b.requires_grad else None, b if a.requires_grad else None)
+        # Each call that records pays here, so what ctx.set_materialize_grads(False) and
+        # ctx.save_for_backward() come to is written out; and ctx.needs_input_grad would say what
+        # requires_grad does, for ten times its time.
+        ctx.materialize_grads = False
+        ctx.to_save = (a if b.requires_grad else None, b if a.requires_grad else None)
         ctx.made = made
         if not isinstance(made, Recipe) and plan_cache.ready is not None:
             result = plan_cache.ready.execute(made, a, b, bias)
@@ -198,28 +224,14 @@ class _Convolution(Function):
         made = _recipe(ctx.made)
         a, b = ctx.saved_tensors
         needed, nodes = ctx.needs_input_grad, ctx.next_functions
-        grad = grad.resolve_neg()
         grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
-        if made.direction == "dgrad":
-            # PyTorch brings the incoming gradient into the input's layout, and before that the
-            # input into the forward's if the weight's gradient needs it: so do the results follow.
-            nhwc = made.a_is_channels_last
-            if a is not None:
-                given, a = a, a.contiguous(memory_format=made.memory_format)
-                if a is not given or nhwc != (made.memory_format is torch.channels_last):
-                    nhwc = is_channels_last(a.shape, a.stride())
-            grad = grad.contiguous(
-                memory_format=torch.channels_last if nhwc else torch.contiguous_format
-            )
-        watched = watchers or profiling() or torch.is_grad_enabled()
-        native = not (watched or plan_cache.exchange is None or _is_batched(grad))
+        values = entered(made, a, b, grad.resolve_neg())
+        run = convolution if torch.is_grad_enabled() or _is_batched(grad) else unrecorded
         found: list[Tensor | None] = [None, None]
-        values = (a, b, grad)
-        for index, (direction, first, second) in enumerate(_GRADIENTS[made.direction]):
+        for index, (direction, first, second) in enumerate(GRADIENTS[made.direction]):
             if needed[index] and _is_asked(nodes[index][0]):
-                size = made.sizes[index]
                 taken = values[first], values[second]
-                found[index] = _gradient(direction, *taken, made, size, native)
+                found[index] = run(direction, *taken, made.geometry, made.sizes[index], made.flags)
         return *found, grad_bias, None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from operator import methodcaller
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,9 +36,11 @@ INPUTS = {"dgrad": ("y", "w"), "fprop": ("x", "w"), "wgrad": ("x", "y")}
 OUTPUT = {"dgrad": "x", "fprop": "y", "wgrad": "w"}
 
 MAX_ELEMENTS = 2**31 - 1  # of one tensor in one cuDNN call
-
-
 _ALIGNMENT = 16  # bytes, of an address that every kernel can read
+
+# What torch.compile's code allocates with, on the current device: torch.empty_strided takes longer
+# and gives the GIL to other threads, as the convolution after it does once more.
+_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
 def _alignment(address: int) -> int:
@@ -86,6 +88,7 @@ class Call:
         "_copies_b",
         "_copies_bias",
         "_device",
+        "_dtype",
         "_format",
         "_may_fall_back",
         "_out_shape",
@@ -110,6 +113,7 @@ class Call:
         self._may_fall_back = policy.fallback == "pytorch" and not config.commands(direction, flags)
         self._reason: str | None = None  # why PyTorch runs it
         self._device: int = a.get_device()
+        self._dtype = a.dtype
         self._format = memory_format(a, b)
         self._copies_a = _needs_copy(a, self._format)
         self._copies_b = _needs_copy(b, self._format)
@@ -178,7 +182,12 @@ class Call:
         if self._single is None or copies or self._reason is not None:
             return None
         out = torch.empty(self._out_shape, device="meta", memory_format=self._format)
-        make_out = methodcaller("new_empty_strided", self._out_shape, out.stride())
+        if _empty_strided is not None:
+            make_out = partial(_empty_strided, self._out_shape, out.stride(), self._dtype)
+        else:
+            make_out = partial(
+                torch.empty_strided, self._out_shape, out.stride(), dtype=self._dtype, device="cuda"
+            )
         return self._single.ready(make_out, recipe)
 
     def _run(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -83,7 +83,7 @@ class ReadyCall:
         *,
         plan: Plan,
         direction: str,
-        make_out: Callable[[Tensor], Tensor],
+        make_out: Callable[[], Tensor],
         make_workspace: Callable[[], UntypedStorage] | None,
         enter_bias: Callable[[Tensor], Tensor] | None,
         plan_reads_bias: bool,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
@@ -13,18 +12,23 @@ from ._watch import note, watchers
 from .exceptions import NotSupportedError
 
 
+def permit(flags: config.Flags | None, reason: str) -> None:
+    """Raise NotSupportedError if the flags forbid PyTorch's own operator."""
+    own = None if flags is None else flags.fallback
+    if (own or config.current().fallback) == "error":
+        raise NotSupportedError(f"{reason}, and fallback='error' forbids PyTorch's own operator")
+
+
 def announce(flags: config.Flags | None, reason: str) -> None:
     """Say that PyTorch's own operator runs: logged once for each reason.
 
     Raises:
         NotSupportedError: the flags forbid it.
     """
-    if config.effective(flags).fallback == "error":
-        raise NotSupportedError(f"{reason}, and fallback='error' forbids PyTorch's own operator")
-    if not torch.compiler.is_compiling():  # a log record would break the graph
-        log.fallback(reason)
-        if watchers:
-            note(f"PyTorch's own operator runs: {reason}")
+    permit(flags, reason)
+    log.fallback(reason)
+    if watchers:
+        note(f"PyTorch's own operator runs: {reason}")
 
 
 def run(

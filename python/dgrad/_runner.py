@@ -138,7 +138,7 @@ class Runner:
             assert bias is not None
             x.add_(bias.view(1, -1, 1, 1))
 
-    def ready(self, make_out: Callable[[Tensor], Tensor], recipe: object) -> ReadyCall | None:
+    def ready(self, make_out: Callable[[], Tensor], recipe: object) -> ReadyCall | None:
         """What native code needs to run this as it last ran, or None if that is not settled."""
         if self._plan is None or self._provisional or not self._announced:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -67,6 +68,21 @@ class Flags:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, check(name, value))
+        # Made here and not when asked for: torch.compile reads it.
+        own = self._set()
+        if self.algorithm is not None:
+            own["algorithm"] = dict(self.algorithm)
+        object.__setattr__(self, "_text", json.dumps(own))
+
+    def _set(self) -> dict[str, Any]:
+        """The flags that are not None."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def as_text(self) -> str:
+        """What :func:`from_text` makes equal flags of."""
+        text: str = self._text  # type: ignore[attr-defined]
+        return text
 
 
 class Policy(NamedTuple):
@@ -196,6 +212,12 @@ def _changed(changes: Mapping[str, Any]) -> Flags:
 
 
 @lru_cache(maxsize=256)
+def from_text(text: str) -> Flags | None:
+    """The flags that :meth:`Flags.as_text` told of; None of an empty text."""
+    return interned(Flags(**json.loads(text))) if text else None
+
+
+@lru_cache(maxsize=256)
 def interned(flags: Flags) -> Flags:
     """One object for equal flags, as calls are known by its identity."""
     return flags
@@ -203,10 +225,12 @@ def interned(flags: Flags) -> Flags:
 
 def effective(layer: Flags | None = None) -> Flags:
     """The process's flags with a layer's over them."""
-    if layer is None:
-        return _flags
-    own = {entry.name: getattr(layer, entry.name) for entry in fields(Flags)}
-    return replace(_flags, **{name: value for name, value in own.items() if value is not None})
+    return _flags if layer is None else _over(_flags, layer)
+
+
+@lru_cache(maxsize=256)
+def _over(wider: Flags, own: Flags) -> Flags:
+    return replace(wider, **own._set())
 
 
 def commands(direction: str, layer: Flags | None = None) -> bool:

@@ -21,9 +21,11 @@ from .planner import plan_cache
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
+
 # Each call asks these: the way to them would take as long as they do.
 _tracing_state = torch._C._get_tracing_state
 _functorch_stack = torch._C._functorch.peek_interpreter_stack
+_is_vmapped = torch._C._functorch.is_batchedtensor
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _any_autocast = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
@@ -54,9 +56,10 @@ def conv_transpose2d(
     """Transposed 2D convolution: :func:`torch.nn.functional.conv_transpose2d` run by cuDNN's
     data gradient, with the same arguments, results, output strides and errors.
 
-    On a CUDA device float16, bfloat16, float32 and float64 run through dgrad. All else (CPU and
-    other devices, other dtypes, tensor subclasses, compiling and tracing) is run by PyTorch's
-    own operator, and the reason is logged once.
+    On a CUDA device float16, bfloat16, float32 and float64 run through dgrad, also in
+    torch.compile (PyTorch 2.7 and later). All else (CPU and other devices, other dtypes, tensor
+    subclasses, exporting and tracing) is run by PyTorch's own operator, and the reason is logged
+    once.
 
     Args:
         input: shape (N, C_in, H, W) or (C_in, H, W), any strides.
@@ -80,20 +83,23 @@ def conv_transpose2d(
         dgrad.NotSupportedError: no candidate can run it under the flags in force.
         dgrad.OutOfMemoryError: the same, for want of memory.
     """
+    if torch.compiler.is_compiling():
+        return _compiled(
+            input, weight, bias, stride, padding, output_padding, groups, dilation, flags
+        )
     if (
-        torch.compiler.is_compiling()
-        or _tracing_state() is not None
+        _tracing_state() is not None
         or forward_ad._current_level >= 0
         or _functorch_stack() is not None
         or _dispatch_modes() > 0
     ):
-        reason = "compiling, tracing, forward-mode AD, torch.func or a dispatch mode is at work"
+        reason = "tracing, forward-mode AD, torch.func or a dispatch mode is at work"
         return _pytorch(
             flags, reason, input, weight, bias, stride, padding, output_padding, groups, dilation
         )
     if _any_autocast() and torch.is_autocast_enabled("cuda"):
-        input, weight = _autocast(input), _autocast(weight)
-        bias = None if bias is None else _autocast(bias)
+        input, weight = autocast(input), autocast(weight)
+        bias = None if bias is None else autocast(bias)
     if flags is not None:
         flags = config.interned(flags)
     ready, state, held = plan_cache.ready, None, config.current()
@@ -134,7 +140,7 @@ def conv_transpose2d(
             geometry.groups,
             geometry.dilation,
         )
-    x, weight = _enter(input, weight, prepared.appended)
+    x, weight = enter(input, weight, prepared.appended)
     output = convolution("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, bias)
     # Unless a switch was turned meanwhile, by another thread.
     unchanged = state is not None and state[5:] == config.switches(flags)
@@ -225,12 +231,12 @@ def _prepare(
         return _Prepared(None, reason, geometry, (0, 0), (0, 0))
     check_tensors(input, weight, bias)
     size = check_sizes(input, weight, bias, geometry, output_padding)
-    reason = _unsuitable(input, weight, bias)
+    reason = unsuitable(input, weight, bias)
     if reason is not None:
         return _Prepared(None, reason, geometry, size, (0, 0))
     appended = appended_rows(output_padding, geometry.stride)
     with torch.no_grad():
-        call = Call("dgrad", *_enter(input, weight, appended), geometry, size, flags, bias)
+        call = Call("dgrad", *enter(input, weight, appended), geometry, size, flags, bias)
     return _Prepared(call, None, geometry, size, appended)
 
 
@@ -241,7 +247,7 @@ def _subclass_reason(*tensors: object) -> str | None:
     return None
 
 
-def _unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why tensors that are right for conv_transpose2d are PyTorch's to run, or None."""
     if not input.is_cuda:
         return f"input is on {input.device.type}, and cuDNN runs on CUDA devices"
@@ -256,7 +262,7 @@ def _unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | Non
     return _loader.unavailable_reason()
 
 
-def _enter(input: Tensor, weight: Tensor, appended: Pair) -> tuple[Tensor, Tensor]:
+def enter(input: Tensor, weight: Tensor, appended: Pair) -> tuple[Tensor, Tensor]:
     """The input with a batch, and with the zero rows that stand for output padding."""
     x = input if input.dim() == 4 else input.unsqueeze(0)
     if appended == (0, 0):
@@ -265,7 +271,7 @@ def _enter(input: Tensor, weight: Tensor, appended: Pair) -> tuple[Tensor, Tenso
     return F.pad(x.contiguous(), (0, appended[1], 0, appended[0])), weight.contiguous()
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def autocast(tensor: Tensor) -> Tensor:
     """As PyTorch's autocast casts the arguments of conv_transpose2d."""
     if (
         isinstance(tensor, Tensor)
@@ -275,6 +281,47 @@ def _autocast(tensor: Tensor) -> Tensor:
     ):
         return tensor.to(torch.get_autocast_dtype("cuda"))
     return tensor
+
+
+def _is_exporting() -> bool:
+    """Whether PyTorch's own operators are wanted; before PyTorch 2.7 nothing tells."""
+    # Not is_exporting(): compilers up to PyTorch 2.12 take that for True always.
+    return getattr(torch.compiler, "_is_exporting_flag", True)
+
+
+def _compiled(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
+    groups: int,
+    dilation: int | Sequence[int],
+    flags: config.Flags | None,
+) -> Tensor:
+    """What the compiler finds for a call: dgrad's operator, or for export PyTorch's own."""
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if _is_exporting() or not all(
+        type(tensor) in _PLAIN_TYPES and not _is_vmapped(tensor) for tensor in tensors
+    ):
+        # Nothing is logged: that would break the graph.
+        _fallback.permit(flags, "exporting, torch.func or a subclass of Tensor is at work")
+        return F.conv_transpose2d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+    output: Tensor = torch.ops.dgrad.conv_transpose2d(
+        input,
+        weight,
+        bias,
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(output_padding, "output_padding"),
+        groups,
+        pair(dilation, "dilation"),
+        "" if flags is None else flags.as_text(),
+    )
+    return output
 
 
 def _pytorch(flags: config.Flags | None, reason: str, *arguments: Any) -> Tensor:

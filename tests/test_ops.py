@@ -1,0 +1,350 @@
+"""The operators of torch.library, and torch.compile on them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import dgrad
+from dgrad import _ops, config
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+compiles = pytest.mark.skipif(
+    not hasattr(torch.compiler, "_is_exporting_flag"), reason="PyTorch's operator runs before 2.7"
+)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the compiler take dgrad's operators for CPU tensors too; PyTorch's run inside."""
+    real = _ops.unsuitable
+
+    def unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+        return real(input, weight, bias) if input.is_cuda or input.numel() == 0 else None
+
+    monkeypatch.setattr(_ops, "unsuitable", unsuitable)
+
+
+def tensors(device: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """A large side (2, 4, 12, 15), a filter and a small side: of a layer with groups."""
+    torch.manual_seed(0)
+    sizes = (2, 4, 12, 15), (6, 2, 4, 3), (2, 6, 6, 15)
+    x, w, y = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
+    return x, w, y
+
+
+GEOMETRY = ((1, 1), (2, 1), (1, 1), 2)  # padding, stride, dilation, groups
+CALLS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Any, ...]]] = {
+    "dgrad": lambda x, w, y: (y, w, x.sum((0, 2, 3)).detach(), (12, 15), *GEOMETRY),
+    "fprop": lambda x, w, y: (x, w, None, (6, 15), *GEOMETRY),
+    "wgrad": lambda x, w, y: (x, y, None, (4, 3), *GEOMETRY),
+    "conv_transpose2d": lambda x, w, y: (y, w, None, (2, 1), (1, 1), (0, 0), 2),
+}
+
+
+@on_each_device
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CALLS)
+def test_an_operator_keeps_the_rules_of_the_library(
+    name: str, layout: torch.memory_format, device: str
+) -> None:
+    made = [t.contiguous(memory_format=layout) for t in tensors(device)]
+    made = [t.requires_grad_() for t in made]
+    arguments = CALLS[name](*made)
+    if arguments[2] is not None:
+        arguments[2].requires_grad_()
+    operator = getattr(torch.ops.dgrad, name).default
+    found = torch.library.opcheck(operator, arguments)
+    assert set(found.values()) == {"SUCCESS"}
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_operator_gives_pytorchs_results_in_the_promised_strides(
+    layout: torch.memory_format, dtype: torch.dtype, device: str
+) -> None:
+    _, w, y = (t.contiguous(memory_format=layout) for t in tensors(device, dtype))
+    bias = torch.randn(4, device=device, dtype=dtype)
+    out = torch.ops.dgrad.conv_transpose2d(y, w, bias, (2, 1), (1, 1), groups=2)
+    wanted = F.conv_transpose2d(y.double(), w.double(), bias.double(), (2, 1), 1, groups=2)
+    close = {torch.float64: 1e-12, torch.float32: 1e-2, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(out.double(), wanted, atol=close, rtol=close)
+    if dtype is not torch.float64 or layout is torch.contiguous_format:
+        assert out.is_contiguous(memory_format=layout)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (y, w, bias)]
+        promised = torch.ops.dgrad.conv_transpose2d(*fake, (2, 1), (1, 1), groups=2)
+    assert (promised.shape, promised.stride(), promised.dtype) == (out.shape, out.stride(), dtype)
+
+
+@on_each_device
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_an_operator_are_those_of_the_function(
+    layout: torch.memory_format, device: str
+) -> None:
+    _, w, y = tensors(device, torch.float32)
+    for call in (torch.ops.dgrad.conv_transpose2d, dgrad.conv_transpose2d):
+        leaves = [t.detach().contiguous(memory_format=layout).requires_grad_() for t in (y, w)]
+        out = call(*leaves, None, (2, 1), (1, 1), (0, 0), 2)
+        found = torch.autograd.grad(out.square().sum(), leaves)
+        if call is torch.ops.dgrad.conv_transpose2d:
+            first = found
+    for one, other in zip(first, found, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.stride() == other.stride()
+
+
+@on_each_device
+def test_gradients_of_gradients_are_right(device: str) -> None:
+    _, w, y = tensors(device)
+    leaves = [y[:1, :, :3, :2].clone(), w[:, :, :2, :2].clone(), torch.randn_like(w[0, :, 0, 0])]
+    leaves[2] = leaves[2].repeat(2)
+
+    def call(*given: Tensor) -> Tensor:
+        output: Tensor = torch.ops.dgrad.conv_transpose2d(*given, (2, 1), groups=2)
+        return output
+
+    assert torch.autograd.gradgradcheck(call, [leaf.requires_grad_() for leaf in leaves])
+
+
+def graphs_of(
+    function: Callable[..., Any], *arguments: Any, **options: Any
+) -> tuple[Any, list[str]]:
+    """What a compiled function returns, and the names of all that its graphs call, of the
+    backward pass once that has run."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    called: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    result = torch.compile(function, fullgraph=True, backend=backend, **options)(*arguments)
+    return result, called
+
+
+@compiles
+@on_each_device
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_training_step_is_of_the_three_directions(device: str, dynamic: bool) -> None:
+    _, w, y = (t.requires_grad_() for t in tensors(device))
+
+    def step(y: Tensor, w: Tensor) -> Tensor:
+        return dgrad.conv_transpose2d(y, w, None, (2, 1), 1, groups=2).square().sum()
+
+    def gradients(y: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        loss, called = graphs_of(step, y, w, dynamic=dynamic)
+        found = torch.autograd.grad(loss, (y, w))
+        ran = sorted(name for name in called if "dgrad." in name or "conv" in name)
+        assert ran == ["dgrad.dgrad.default", "dgrad.fprop.default", "dgrad.wgrad.default"]
+        return found
+
+    wanted = torch.autograd.grad(step(y, w), (y, w))
+    for one, other in zip(gradients(y, w), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.stride() == other.stride()
+
+
+@compiles
+@on_each_device
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"dilation": 3, "output_padding": 2}, {"stride": [2], "padding": 1, "output_padding": 1}],
+)
+def test_compiled_results_are_those_of_the_function(device: str, arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(6, 4, 3, 3, device=device, dtype=torch.float64)
+    full = torch.randn(2, 6, 5, 7, device=device, dtype=torch.float64)
+    for x in (full, full[0], full[:0]):
+        wanted = F.conv_transpose2d(x, w, **arguments)
+        found = torch.compile(dgrad.conv_transpose2d, fullgraph=True, backend="aot_eager")(
+            x, w, **arguments
+        )
+        torch.testing.assert_close(found, wanted)
+        torch._dynamo.reset()
+
+
+@compiles
+@pytest.mark.usefixtures("taken")
+def test_the_flags_of_a_layer_reach_its_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = dgrad.ConvTranspose2d(3, 4, 3)
+    layer.flags = dgrad.Flags(algorithm=["legacy:ALGO_1", "graph"], workspace_limit="1MiB")
+    seen = []
+    real = config.from_text
+
+    def from_text(text: str) -> dgrad.Flags | None:
+        seen.append(real(text))
+        return seen[-1]
+
+    monkeypatch.setattr(config, "from_text", from_text)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(1, 3, 4, 4))
+    assert set(seen) == {layer.flags}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dgrad.Flags(),
+        dgrad.Flags(selection="exhaustive", measure_budget=1, deterministic=True),
+        dgrad.Flags(algorithm={"wgrad": ("graph", "legacy:ALGO_0"), "dgrad": "legacy"}),
+        dgrad.Flags(workspace_limit="1.5GB", allow_tf32=False, fallback="error"),
+    ],
+)
+def test_flags_come_back_from_their_text(flags: dgrad.Flags) -> None:
+    assert config.from_text(flags.as_text()) == flags
+    assert config.from_text("") is None
+
+
+@compiles
+def test_why_pytorch_runs_is_logged_once_while_compiling(caplog: pytest.LogCaptureFixture) -> None:
+    from dgrad import log
+
+    log.fallback.cache_clear()
+    layer = dgrad.ConvTranspose2d(3, 4, 3)
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        _, called = graphs_of(layer, torch.randn(1, 3, 4, 4))
+    assert len([line for line in caplog.messages if "input is on cpu" in line]) == 1
+    assert "aten.convolution.default" in called
+    assert not [name for name in called if "dgrad" in name]
+
+
+@compiles
+def test_a_fallback_that_is_forbidden_is_an_error_while_compiling() -> None:
+    layer = dgrad.ConvTranspose2d(3, 4, 3)
+    layer.flags = dgrad.Flags(fallback="error")
+    with pytest.raises(Exception, match="fallback='error' forbids"):
+        torch.compile(layer, backend="aot_eager")(torch.randn(1, 3, 4, 4))
+
+
+@compiles
+@on_each_device
+@pytest.mark.usefixtures("taken")
+def test_bad_arguments_are_told_while_compiling(device: str) -> None:
+    _, w, y = tensors(device)
+    compiled = torch.compile(dgrad.conv_transpose2d, backend="aot_eager")
+    with pytest.raises(Exception, match="groups is 4, expected a divisor"):
+        compiled(y, w, groups=4)
+    with pytest.raises(TypeError, match=r"stride is 1\.5, expected an integer"):
+        compiled(y, w, stride=1.5)
+
+
+@on_each_device
+@pytest.mark.usefixtures("taken")
+def test_transforms_inside_compiled_code_give_pytorchs_results(device: str) -> None:
+    _, w, y = tensors(device)
+
+    def through(convolve: Callable[..., Tensor]) -> Callable[[Tensor], Any]:
+        def call(y: Tensor) -> Any:
+            each = torch.func.vmap(lambda t: convolve(t, w, groups=2))(y)
+            return each, torch.func.grad(lambda t: convolve(t, w, groups=2).square().sum())(y)
+
+        return call
+
+    found = torch.compile(through(dgrad.conv_transpose2d), fullgraph=True, backend="aot_eager")(y)
+    torch.testing.assert_close(found, through(F.conv_transpose2d)(y))
+
+
+# --- compiled by inductor, on a GPU -------------------------------------------------------------
+
+
+def generator(device: str = "cuda") -> nn.Module:
+    """Layers with kernels of the compiler between them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.ConvTranspose2d(16, 32, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.ConvTranspose2d(32, 8, (3, 5), padding=(1, 2)),
+        nn.Tanh(),
+    )
+    return model.to(device)
+
+
+def trained(model: nn.Module, compiled: Callable[[Tensor], Tensor], steps: int) -> list[Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    torch.manual_seed(1)
+    x = torch.randn(4, 16, 12, 9, device="cuda")
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = compiled(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().clone())
+    return [*losses, *(p.detach().clone() for p in model.parameters())]
+
+
+@compiles
+@pytest.mark.gpu
+@pytest.mark.seconds(120)
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # PyTorch's own first one
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_model_trains_as_pytorchs(mode: str, dynamic: bool) -> None:
+    dgrad.plan_cache.clear()
+    plain = generator()
+    converted = copy.deepcopy(plain)
+    dgrad.convert(converted)
+    compiled = torch.compile(converted, fullgraph=True, dynamic=dynamic, mode=mode)
+    with dgrad.flags(allow_tf32=False), torch.backends.cudnn.flags(allow_tf32=False):
+        found, wanted = trained(converted, compiled, 6), trained(plain, plain, 6)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        plain.eval()
+        converted.eval()
+        for size in ((4, 16, 12, 9), (2, 16, 7, 11), (4, 16, 12, 9)):
+            x = torch.randn(size, device="cuda")
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), plain(x), rtol=1e-3, atol=1e-4)
+    ran = {s.problem.direction for s, _ in dgrad.selections()}
+    assert ran == {"dgrad", "fprop", "wgrad"}
+
+
+@compiles
+@pytest.mark.gpu
+@pytest.mark.seconds(60)
+def test_a_compiled_layer_is_no_slower_than_an_eager_one() -> None:
+    layer = dgrad.ConvTranspose2d(256, 128, 4, 2, 1, device="cuda")
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(16, 256, 64, 64, device="cuda")
+
+    def milliseconds(call: Callable[[Tensor], Tensor]) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(20):
+            call(x)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / 20 * 1e3
+
+    with torch.no_grad():
+        for call in (layer, compiled):
+            milliseconds(call)
+        rounds = [(milliseconds(compiled), milliseconds(layer)) for _ in range(9)]
+    assert statistics.median(c / e for c, e in rounds) < 1.05
