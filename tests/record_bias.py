@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +38,13 @@ def _device_ms(contestant: Contestant, case: Case) -> tuple[float, str]:
     return statistics.median(times), selected[0]["candidate"] if selected else ""
 
 
-def _timed(contestant: Contestant, wanted: list[Case], bytes_per_s: float) -> Iterator[Any]:
+def _timed(
+    contestant: Contestant, wanted: list[Case], bytes_per_s: float, seconds: float
+) -> Iterator[Any]:
+    end = time.monotonic() + seconds
     for case in wanted:
+        if time.monotonic() > end:
+            return
         with_ms, selected = _device_ms(contestant, case)
         without = replace(case, layer=replace(case.layer, bias=False))
         without_ms, selected_without = _device_ms(contestant, without)
@@ -73,6 +79,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--only", default="", help="a regular expression of layers' names")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no case after so many seconds"
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     options = parser.parse_args()
     contestant = Contestant("dgrad", options.device, "measure")
@@ -83,12 +92,13 @@ def main() -> int:
         for case in cases("layers", [dtype], LAYOUTS, only=options.only)
         if case.layer.bias
     ]
-    timed = list(_timed(contestant, wanted, ceilings["copy_bytes_per_s"]))
+    timed = list(_timed(contestant, wanted, ceilings["copy_bytes_per_s"], options.seconds))
     meta = {
         "command": "python tests/record_bias.py",
         **contestant.describe(),
         "copy_bytes_per_s": ceilings["copy_bytes_per_s"],
         "code_hash": code_hash(),
+        "wanted": len(wanted),
     }
     record = {"meta": meta, "cases": timed, "summary": _summary(timed)}
     options.out.write_text(json.dumps(record, indent=1) + "\n")
