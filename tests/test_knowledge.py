@@ -377,6 +377,56 @@ def test_an_entry_of_the_first_format_is_not_read(
     assert len(dgrad.store.list()) == 1
 
 
+FRESH = Candidate("graph", "eng1", "FMA_MATH", True, 0)
+TIMED = replace(FRESH, workspace_bytes=512, time_ms=1.0, device_ms=0.5)
+SKIPPED = replace(FRESH, skipped=True)
+FAILED = replace(FRESH, rejected="it failed")
+
+
+@pytest.mark.parametrize(
+    ("ours", "stored", "kept"),
+    [
+        (FRESH, TIMED, TIMED),
+        (SKIPPED, TIMED, TIMED),
+        (replace(TIMED, time_ms=2.0), TIMED, TIMED),  # times of one measuring compare best
+        (FAILED, TIMED, FAILED),
+        (TIMED, FAILED, FAILED),
+        (FRESH, SKIPPED, SKIPPED),
+        (TIMED, SKIPPED, TIMED),
+        (TIMED, FRESH, TIMED),
+        (SKIPPED, FRESH, SKIPPED),
+    ],
+)
+def test_of_what_is_known_and_what_was_stored_the_more_telling_is_kept(
+    monkeypatch: pytest.MonkeyPatch, ours: Candidate, stored: Candidate, kept: Candidate
+) -> None:
+    monkeypatch.setattr(_knowledge.store, "read", lambda problem: [stored])
+    for packed in (False, True):
+        knowledge = known([ours])
+        if packed:
+            knowledge.pack()
+        knowledge.refresh()
+        assert knowledge.candidates == [kept]
+        assert knowledge.source == ("measured" if kept == ours else "stored")
+
+
+def test_what_others_stored_moves_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = [replace(FRESH, algorithm=f"eng{i}", bias="add") for i in range(3)]
+    stored = [replace(c, time_ms=1.0 + i) for i, c in enumerate(reversed(ours))]
+    joined = replace(stored[0], bias="eng7")
+    monkeypatch.setattr(_knowledge.store, "read", lambda problem: [joined, *stored])
+    knowledge = known(ours)
+    knowledge.refresh()
+    assert knowledge.candidates == [*reversed(stored), joined]
+
+
+def test_nothing_stored_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_knowledge.store, "read", lambda problem: None)
+    knowledge = known([*CANDIDATES])
+    knowledge.refresh()
+    assert (knowledge.candidates, knowledge.source) == (CANDIDATES, "measured")
+
+
 # --- memory -------------------------------------------------------------------------------------
 
 NATIVE_BYTES = 256  # of a problem, which tracemalloc does not see: sizeof is about 230

@@ -88,6 +88,16 @@ class Knowledge:
             candidates.append(candidate)
             return len(candidates) - 1
 
+    def refresh(self) -> None:
+        """Take over what another process has stored since; each index stays as it is."""
+        stored = {(c.engine, c.bias): c for c in store.read(self.problem) or ()}
+        with self._lock:
+            candidates = self._unpacked()
+            found = [_merged(c, stored.pop((c.engine, c.bias), None)) for c in candidates]
+            found += stored.values()
+            if found != candidates:
+                self._candidates, self.source = found, "stored"
+
     def has_run(self, policy: Policy, chosen: int, source: str) -> bool:
         """Note what runs under a policy; whether that is new."""
         run = (chosen, source)
@@ -98,6 +108,15 @@ class Knowledge:
         """Forget what ran under a policy, or what chose a candidate."""
         with self._lock:
             self.ran = {p: r for p, r in self.ran.items() if p != policy and r[0] != chosen}
+
+
+def _merged(ours: Candidate, stored: Candidate | None) -> Candidate:
+    """What is known of a candidate here, or what was stored of it if that is more."""
+    if stored is None or ours.rejected is not None:
+        return ours
+    if stored.time_ms is not None or stored.rejected is not None:
+        return stored
+    return stored if stored.skipped and ours.time_ms is None else ours
 
 
 _known: BoundedCache[Problem, Knowledge] = BoundedCache(max_size=16384)

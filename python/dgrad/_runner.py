@@ -170,10 +170,7 @@ class Runner:
         if self._provisional and self._plan is not None:
             return
         if missing and not self._provisional:
-            with knowledge.measuring:
-                missing = self._untimed()  # another thread may have been first
-                if missing:
-                    self._measure(missing, x, w, y, bias)
+            self._complete(x, w, y, bias)
         for index in preference(knowledge.candidates, problem.direction, policy):
             try:
                 plan = self._make_plan(index)
@@ -190,6 +187,19 @@ class Runner:
             knowledge.pack()
             return
         raise nothing_usable(self._knowledge, self._policy)
+
+    def _complete(self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None) -> None:
+        """Measure what is missing, unless another thread or process does so first."""
+        knowledge = self._knowledge
+        with knowledge.measuring:
+            if not self._untimed():
+                return
+            with store.claim(self._problem):
+                knowledge.refresh()
+                missing = self._untimed()
+                if missing:
+                    self._measure(missing, x, w, y, bias)
+            knowledge.forget(policy=self._policy)  # what ran in a capture is chosen anew
 
     def _untimed(self) -> list[int]:
         """The candidates to time before this policy can choose."""
@@ -247,7 +257,6 @@ class Runner:
             # The allocator would keep the workspaces of all that were tried.
             torch.cuda.empty_cache()
         knowledge.source = "measured"
-        knowledge.forget(policy=policy)  # what ran in a capture is chosen anew
         candidates = knowledge.candidates
         for index, contestant in contestants.items():
             if isinstance(contestant.error, _PASSING):
