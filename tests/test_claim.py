@@ -550,6 +550,19 @@ def test_what_the_budget_of_another_process_left_out_stays_so(
     assert measured == [["ALGO_1"]]
 
 
+def test_what_another_process_measured_strictly_is_stored_for_tf32_too(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core.engines["convolution"] = [FakeEngine("eng1"), FakeEngine("eng2", ["TENSOR_CORE"])]
+    measured = fake_times(core, monkeypatch, TIMES)
+    assert Child(lambda say: select(problem(tf32=False))).wait() == 0
+    selections = [select(problem(tf32=tf32)) for tf32 in (True, False)]
+    assert measured == []
+    assert [selection.source for selection in selections] == ["stored"] * 2
+    times = [[c.time_ms for c in selection.candidates] for selection in selections]
+    assert times == [[5.0, 4.0, 3.0], [5.0, None, 3.0]]
+
+
 def test_a_selection_of_a_capture_is_announced_anew_when_another_process_has_measured(
     core: StoredCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,6 +177,33 @@ def test_another_limit_determinism_or_precision_needs_no_new_measuring(
     assert chosen[2].workspace_bytes == 0
 
 
+@pytest.mark.parametrize("direction", ["dgrad", "fprop", "wgrad"])
+def test_allowing_tf32_needs_no_new_measuring(
+    monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    x, w = (t.requires_grad_(direction != "dgrad") for t in tensors((8, 64, 64, 64)))
+
+    def call() -> Tensor:
+        y = dgrad.conv_transpose2d(x, w)
+        if direction == "dgrad":
+            return y
+        (gradient,) = torch.autograd.grad(y, x if direction == "fprop" else w, torch.ones_like(y))
+        return gradient
+
+    with dgrad.flags(measure_budget=0.3):
+        with dgrad.flags(allow_tf32=False):
+            strict = call().detach()
+        monkeypatch.setattr(_runner, "measure", lambda *_: pytest.fail("measured again"))
+        call()
+        dgrad.plan_cache.clear()  # as another process
+        call()
+    leaves = [t.detach().double().requires_grad_() for t in (x, w)]
+    y = F.conv_transpose2d(*leaves)
+    gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    expected = {"dgrad": y.detach(), "fprop": gradients[0], "wgrad": gradients[1]}[direction]
+    assert relative_error(strict, expected) < 5e-5  # tf32 errs by 3e-4
+
+
 def test_a_limit_that_costs_time_says_how_much() -> None:
     x, w = tensors((8, 64, 256, 256), (64, 64, 3, 3))
     with dgrad.flags(selection="exhaustive"):
