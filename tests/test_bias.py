@@ -39,7 +39,7 @@ from fake_cudnn import (
     starting,
 )
 
-BIASED = FakeProblem(tf32=False, bias=True)
+BIASED = FakeProblem(bias=True)
 LEGACY = FakeResult("ALGO_1", "FMA_MATH")
 NOT_SUPPORTED = cudnn_error(3000, "cudnnRun returned 3000", "cudnnRun", "")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -326,10 +326,10 @@ def test_forbidding_tf32_needs_no_new_measuring_of_a_biased_problem(
     core = all_ways(start)
     core.engines["convolution"] = [FakeEngine("eng1"), FakeEngine("eng2", ["TENSOR_CORE"])]
     measured = fake_times(core, monkeypatch, TIMES)
-    run(replace(BIASED, tf32=True), BIAS, selection="measure")
+    run(BIASED, BIAS, selection="measure")
     assert names(core) == ["convolution:eng2 + bias_rows:eng51"]
     measured.clear()
-    run(BIASED, BIAS, selection="measure")
+    run(replace(BIASED, tf32=False), BIAS, selection="measure")
     assert measured == []
     assert names(core)[1] == "convolution_bias:eng30"
     times = {str(c): c.time_ms for c in dgrad.selections()[1][0].candidates if not c.rejected}

@@ -205,7 +205,7 @@ def test_a_wrong_engine_does_not_run_though_it_is_the_fastest(
     ways = {"convolution:eng0": right, "convolution:eng1": right * (1 + 1e-6)}
     writing(core, result, ways | {"convolution:eng2": wrong.view_as(result)})
     policy = config.policy(dgrad.Flags(selection="measure"))
-    Runner(FakeProblem(direction, tf32=False), policy).run(x, w, y)  # type: ignore[arg-type]
+    Runner(FakeProblem(direction), policy).run(x, w, y)  # type: ignore[arg-type]
     assert names(core) == ["convolution:eng1"]
     assert torch.equal(result, right * (1 + 1e-6))
     ((selection, _),) = dgrad.selections()

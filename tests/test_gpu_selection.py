@@ -177,6 +177,33 @@ def test_another_limit_determinism_or_precision_needs_no_new_measuring(
     assert chosen[2].workspace_bytes == 0
 
 
+@pytest.mark.parametrize("direction", ["dgrad", "fprop", "wgrad"])
+def test_allowing_tf32_needs_no_new_measuring(
+    monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    x, w = (t.requires_grad_(direction != "dgrad") for t in tensors((8, 64, 64, 64)))
+
+    def call() -> Tensor:
+        y = dgrad.conv_transpose2d(x, w)
+        if direction == "dgrad":
+            return y
+        (gradient,) = torch.autograd.grad(y, x if direction == "fprop" else w, torch.ones_like(y))
+        return gradient
+
+    with dgrad.flags(measure_budget=0.3):
+        with dgrad.flags(allow_tf32=False):
+            strict = call().detach()
+        monkeypatch.setattr(_runner, "measure", lambda *_: pytest.fail("measured again"))
+        call()
+        dgrad.plan_cache.clear()  # as another process
+        call()
+    leaves = [t.detach().double().requires_grad_() for t in (x, w)]
+    y = F.conv_transpose2d(*leaves)
+    gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    expected = {"dgrad": y.detach(), "fprop": gradients[0], "wgrad": gradients[1]}[direction]
+    assert relative_error(strict, expected) < 5e-5  # tf32 errs by 3e-4
+
+
 def test_a_limit_that_costs_time_says_how_much() -> None:
     x, w = tensors((8, 64, 256, 256), (64, 64, 3, 3))
     with dgrad.flags(selection="exhaustive"):
@@ -324,6 +351,74 @@ def test_a_second_process_measures_nothing_and_starts_at_once(own_store: Path) -
     assert len(loaded) == len(loading) == 24
     assert max(loaded) < 5.0, loaded
     assert statistics.median(loading) < 5.0, loading
+
+
+# Meets some problems as soon as the others are there too.
+MEET = """
+import json, os, sys, time, torch, dgrad
+from dgrad import _runner
+from pathlib import Path
+folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+torch.cuda.set_device(rank % torch.cuda.device_count())
+measured, measure = [], _runner.measure
+_runner.measure = lambda *a: (measured.append(1), measure(*a))
+
+def tensors(n):
+    return [torch.randn(shape, device="cuda") for shape in ((n, 32, 40, 40), (32, 32, 3, 3))]
+
+inputs = [tensors(n) for n in range(4, 8)]
+with dgrad.flags(selection="heuristic"):
+    dgrad.conv_transpose2d(*tensors(3), None, 2, 1)  # loads what takes long
+torch.cuda.synchronize()
+os.environ["DGRAD_LOG_FILE"] = str(folder / "selections.jsonl")
+(folder / f"ready{rank}").touch()
+until = time.monotonic() + 120
+while len([*folder.glob("ready*")]) < world:
+    assert time.monotonic() < until, "the others did not come"
+    time.sleep(0.001)
+with torch.no_grad():
+    for x, w in inputs:
+        dgrad.conv_transpose2d(x, w, None, 2, 1)
+torch.cuda.synchronize()
+print(json.dumps([len(measured), [str(s.candidate) for s, _ in dgrad.selections()][-4:]]))
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.seconds(30)
+def test_of_processes_that_start_at_once_one_measures_each_problem(tmp_path: Path) -> None:
+    if len({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}) > 1:
+        pytest.skip("needs GPUs of one name")
+    world = 4
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEET, str(tmp_path), str(rank), str(world)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    results = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, err
+            results.append(json.loads(out))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+    sources: dict[str, list[str]] = {}
+    for line in map(json.loads, (tmp_path / "selections.jsonl").read_text().splitlines()):
+        sources.setdefault(json.dumps(line["problem"]["x"]), []).append(line["source"])
+    assert len(sources) == 4
+    for each in sources.values():
+        assert sorted(each) == ["measured"] + ["stored"] * (world - 1)
+    assert sum(measured for measured, _ in results) == 4
+    assert len({json.dumps(chosen) for _, chosen in results}) == 1
+    assert len(dgrad.store.list()) == 4
 
 
 @pytest.mark.processes

@@ -377,6 +377,96 @@ def test_an_entry_of_the_first_format_is_not_read(
     assert len(dgrad.store.list()) == 1
 
 
+FRESH = Candidate("graph", "eng1", "FMA_MATH", True, 0)
+TIMED = replace(FRESH, workspace_bytes=512, time_ms=1.0, device_ms=0.5)
+SKIPPED = replace(FRESH, skipped=True)
+FAILED = replace(FRESH, rejected="it failed")
+
+
+@pytest.mark.parametrize(
+    ("ours", "stored", "kept"),
+    [
+        (FRESH, TIMED, TIMED),
+        (SKIPPED, TIMED, TIMED),
+        (replace(TIMED, time_ms=2.0), TIMED, TIMED),  # times of one measuring compare best
+        (FAILED, TIMED, FAILED),
+        (TIMED, FAILED, FAILED),
+        (FRESH, SKIPPED, SKIPPED),
+        (TIMED, SKIPPED, TIMED),
+        (TIMED, FRESH, TIMED),
+        (SKIPPED, FRESH, SKIPPED),
+    ],
+)
+def test_of_what_is_known_and_what_was_stored_the_more_telling_is_kept(
+    monkeypatch: pytest.MonkeyPatch, ours: Candidate, stored: Candidate, kept: Candidate
+) -> None:
+    monkeypatch.setattr(_knowledge.store, "read", lambda of: [stored] if of.tf32 else None)
+    for packed in (False, True):
+        knowledge = known([ours])
+        if packed:
+            knowledge.pack()
+        knowledge.refresh()
+        assert knowledge.candidates == [kept]
+        assert knowledge.source == ("measured" if kept == ours else "stored")
+
+
+def test_what_others_stored_moves_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = [replace(FRESH, algorithm=f"eng{i}", bias="add") for i in range(3)]
+    stored = [replace(c, time_ms=1.0 + i) for i, c in enumerate(reversed(ours))]
+    joined = replace(stored[0], bias="eng7")
+    monkeypatch.setattr(_knowledge.store, "read", lambda of: [joined, *stored] if of.tf32 else None)
+    knowledge = known(ours)
+    knowledge.refresh()
+    assert knowledge.candidates == [*reversed(stored), joined]
+
+
+def test_nothing_stored_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_knowledge.store, "read", lambda problem: None)
+    knowledge = known([*CANDIDATES])
+    knowledge.refresh()
+    assert (knowledge.candidates, knowledge.source) == (CANDIDATES, "measured")
+
+
+# --- in the other precision ---------------------------------------------------------------------
+
+
+def test_what_is_lent_later_moves_no_candidate_and_changes_no_time(start: Start) -> None:
+    start(FakeResult("ALGO_0", "FMA_MATH"), FakeResult("ALGO_1", "FMA_MATH"), FakeResult("GEMM"))
+    tf32, strict = (knowledge_of(FakeProblem(tf32=tf32)) for tf32 in (True, False))  # type: ignore[arg-type]
+    strict.update(0, time_ms=1.0, device_ms=0.5)
+    strict.update(1, skipped=True)
+    tf32.update(2, time_ms=3.0)
+    tf32.refresh()
+    strict.update(0, time_ms=2.0)
+    tf32.refresh()
+    now = [(c.time_ms, c.device_ms, c.skipped) for c in tf32.candidates]
+    assert now == [(1.0, 0.5, False), (None, None, True), (3.0, None, False)]
+
+
+def test_what_was_skipped_where_nothing_got_a_time_is_due_in_the_other_precision(
+    start: Start,
+) -> None:
+    start(FakeResult("ALGO_0", "FMA_MATH"), FakeResult("ALGO_1", "FMA_MATH"))
+    strict = knowledge_of(FakeProblem(tf32=False))  # type: ignore[arg-type]
+    strict.update(1, skipped=True)
+    tf32 = knowledge_of(FakeProblem(tf32=True))  # type: ignore[arg-type]
+    assert [c.skipped for c in tf32.candidates] == [False, False]
+    tf32.update(0, skipped=True)
+    tf32.refresh()
+    assert [c.skipped for c in tf32.candidates] == [True, False]
+
+
+def test_only_what_fails_with_tf32_fails_without_it_too(start: Start) -> None:
+    for lender, lent in ((True, "it failed"), (False, None)):
+        start(FakeResult("ALGO_0", "FMA_MATH"), FakeResult("ALGO_1", "FMA_MATH"))
+        dgrad.plan_cache.clear()
+        one, other = (knowledge_of(FakeProblem(tf32=tf32)) for tf32 in (lender, not lender))  # type: ignore[arg-type]
+        one.update(0, rejected="it failed")
+        one.update(1, rejected="no room", out_of_memory=True)
+        other.refresh()
+        assert [c.rejected for c in other.candidates] == [lent, None]
+
+
 # --- memory -------------------------------------------------------------------------------------
 
 NATIVE_BYTES = 256  # of a problem, which tracemalloc does not see: sizeof is about 230
@@ -531,6 +621,16 @@ def test_a_problem_that_was_measured_takes_no_more(crowded: CrowdedCore) -> None
     size = grown(lambda number: run_problem(crowded, problem_number(number)), 200)
     assert size + NATIVE_BYTES < LIMIT_BYTES
     assert_remembered(201)
+
+
+def test_a_strict_problem_that_was_measured_takes_twice_that(crowded: CrowdedCore) -> None:
+    """As it is measured with tf32 too."""
+
+    def run(number: int) -> None:
+        run_problem(crowded, problem_number(number, tf32=False))
+
+    assert grown(run, 80) / 2 + NATIVE_BYTES < LIMIT_BYTES
+    assert len(_knowledge.everything()) == 162
 
 
 def test_a_problem_that_was_explained_takes_no_more(crowded: CrowdedCore) -> None:

@@ -674,46 +674,6 @@ def test_what_the_budget_left_out_is_timed_by_exhaustive_only(
     assert names(core) == ["ALGO_1", "ALGO_1", "ALGO_1", "GEMM"]  # ALGO_1 for the check of GEMM
 
 
-def test_forbidding_tf32_needs_no_new_measuring(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core = start(
-        FakeResult("ALGO_1"), FakeResult("ALGO_0", "FMA_MATH"), FakeResult("GEMM", "FMA_MATH")
-    )
-    measured = fake_times(core, monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 3.0, "GEMM": 2.0})
-    run(FakeProblem(tf32=True), selection="measure")
-    run(FakeProblem(tf32=False), selection="measure")
-    assert measured == [["ALGO_1", "ALGO_0", "GEMM"]]
-    assert names(core) == ["ALGO_1", "GEMM"]
-
-
-def test_what_failed_with_tf32_is_not_tried_again_without_it(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core = start(
-        FakeResult("ALGO_0", "FMA_MATH"), FakeResult("GEMM", "FMA_MATH"), FakeResult("ALGO_1")
-    )
-    core.failing["GEMM"] = NOT_SUPPORTED
-    measured = fake_times(core, monkeypatch, {"ALGO_0": 3.0, "ALGO_1": 1.0})
-    run(selection="measure")
-    Runner(FakeProblem(tf32=False), config.policy(dgrad.Flags(selection="measure"))).run(X, W, Y)  # type: ignore[arg-type]
-    assert measured == [["ALGO_0", "ALGO_1"]]
-    assert names(core) == ["ALGO_1", "ALGO_0"]
-
-
-def test_allowing_tf32_measures_what_it_adds_only(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    core = start(
-        FakeResult("ALGO_1"), FakeResult("ALGO_0", "FMA_MATH"), FakeResult("GEMM", "FMA_MATH")
-    )
-    measured = fake_times(core, monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 3.0, "GEMM": 2.0})
-    run(FakeProblem(tf32=False), selection="measure")
-    run(FakeProblem(tf32=True), selection="measure")
-    assert measured == [["ALGO_0", "GEMM"], ["ALGO_1"]]
-    assert names(core) == ["GEMM", "ALGO_1"]
-
-
 def test_one_usable_candidate_is_not_timed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     core = start(FakeResult("ALGO_1"), FakeResult("GEMM", rejected="CUDNN_STATUS_NOT_SUPPORTED"))
     measured = fake_times(core, monkeypatch, {})

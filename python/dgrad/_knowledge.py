@@ -88,6 +88,43 @@ class Knowledge:
             candidates.append(candidate)
             return len(candidates) - 1
 
+    def refresh(self) -> None:
+        """Take over what has become known elsewhere; each index stays as it is."""
+        stored = store.read(self.problem)
+        if stored:
+            self._take(stored)
+        self._borrow()
+
+    def _take(self, stored: list[Candidate]) -> None:
+        """Take over what another process has stored."""
+        known = _telling(stored)
+        with self._lock:
+            candidates = self._unpacked()
+            found = [_merged(c, known.pop((c.engine, c.bias), c)) for c in candidates]
+            found += known.values()
+            if found != candidates:
+                self._candidates, self.source = found, "stored"
+
+    def _borrow(self) -> None:
+        """Take over what is known of the same float32 problem in the other precision: times, and
+        where tf32 is allowed there, also what did not run."""
+        lender = _other_precision(self.problem)
+        if lender is None:
+            return
+        known = _telling(lender.candidates)
+        lender.pack()
+        strict = not self.problem.tf32
+        with self._lock:
+            candidates = self._unpacked()
+            found = [_taught(c, known.get((c.engine, c.bias), c), strict) for c in candidates]
+            if not any(c.time_ms for c in found):  # the budget was spent on others: these are due
+                found = [
+                    replace(f, skipped=c.skipped) for f, c in zip(found, candidates, strict=True)
+                ]
+            if not any(c.time_ms for c in candidates):
+                self.source = lender.source
+            self._candidates = found
+
     def has_run(self, policy: Policy, chosen: int, source: str) -> bool:
         """Note what runs under a policy; whether that is new."""
         run = (chosen, source)
@@ -100,6 +137,34 @@ class Knowledge:
             self.ran = {p: r for p, r in self.ran.items() if p != policy and r[0] != chosen}
 
 
+def _telling(candidates: list[Candidate]) -> dict[object, Candidate]:
+    """Those of which something is known, by what they run."""
+    return {
+        (c.engine, c.bias): c
+        for c in candidates
+        if c.time_ms is not None or c.skipped or c.rejected is not None
+    }
+
+
+def _merged(ours: Candidate, stored: Candidate) -> Candidate:
+    """What is known of a candidate here and in the store."""
+    if ours.rejected is not None or (stored.skipped and ours.time_ms is not None):
+        return ours
+    return stored
+
+
+def _taught(candidate: Candidate, same: Candidate, strict: bool) -> Candidate:
+    """A candidate with what is known of the same one in the other precision."""
+    if candidate.rejected is not None or candidate.time_ms is not None:
+        return candidate
+    if same.rejected is None:
+        return replace(
+            candidate, time_ms=same.time_ms, device_ms=same.device_ms, skipped=same.skipped
+        )
+    lasting = strict and not same.out_of_memory
+    return replace(candidate, rejected=same.rejected) if lasting else candidate
+
+
 _known: BoundedCache[Problem, Knowledge] = BoundedCache(max_size=16384)
 
 
@@ -109,47 +174,28 @@ def knowledge_of(problem: Problem) -> Knowledge:
     if knowledge is None:
         # Two threads may both look; what the first one puts is what both use.
         stored = store.read(problem)
-        found = (
-            Knowledge(problem, stored, "stored") if stored else _borrowed(problem, gather(problem))
-        )
+        found = Knowledge(problem, stored, "stored") if stored else _gathered(problem)
         knowledge = _known.put_new(problem, found)
     return knowledge
 
 
-def _borrowed(problem: Problem, candidates: list[Candidate]) -> Knowledge:
-    """New candidates, with what is known of them for the same float32 problem in the other
-    precision: times, and where tf32 is allowed there, also what did not run."""
-    source: str = "measured"
-    known: dict[object, Candidate] = {}
-    if problem.dtype == "float32":
-        other = other_precision(problem)
-        knowledge = _known.get(other)
-        if knowledge is None:
-            stored = store.read(other)
-            knowledge = Knowledge(other, stored, "stored") if stored is not None else None
-        if knowledge is not None:
-            source = knowledge.source
-            known = {(c.engine, c.bias): c for c in knowledge.candidates}
-            knowledge.pack()
+def _gathered(problem: Problem) -> Knowledge:
+    """New candidates, with what is known of them in the other precision."""
+    knowledge = Knowledge(problem, gather(problem), "measured")
+    knowledge._borrow()
+    return knowledge
 
-    def taught(candidate: Candidate) -> Candidate:
-        same = known.get((candidate.engine, candidate.bias))
-        if same is None or candidate.rejected is not None:
-            return candidate
-        if same.rejected is None:
-            return replace(
-                candidate,
-                time_ms=same.time_ms,
-                device_ms=same.device_ms,
-                skipped=same.skipped,
-            )
-        lasting = not problem.tf32 and not same.out_of_memory
-        return replace(candidate, rejected=same.rejected) if lasting else candidate
 
-    found = [taught(candidate) for candidate in candidates]
-    if not any(c.time_ms for c in found):  # the budget was spent on others: these are due
-        found = [replace(c, skipped=False) for c in found]
-    return Knowledge(problem, found, source)
+def _other_precision(problem: Problem) -> Knowledge | None:
+    """What is known or stored of the same float32 problem in the other precision."""
+    if problem.dtype != "float32":
+        return None
+    other = other_precision(problem)
+    knowledge = _known.get(other)
+    if knowledge is None:
+        stored = store.read(other)
+        knowledge = Knowledge(other, stored, "stored") if stored is not None else None
+    return knowledge
 
 
 def everything() -> list[Knowledge]:

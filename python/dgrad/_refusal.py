@@ -1,17 +1,32 @@
-"""The error that says why nothing can run a problem, and how to make the same call again."""
+"""What is said of candidates that do not run: of one the reason, and of all an error that says how
+to make the same call again."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .exceptions import NotSupportedError, OutOfMemoryError
+from .exceptions import CudnnError, NotSupportedError, OutOfMemoryError, TorchOutOfMemoryError
 from .planner import objection
-from .selection import reasons_table, reproduction
+from .selection import Candidate, format_bytes, reasons_table, reproduction
 
 if TYPE_CHECKING:
     from ._knowledge import Knowledge
     from .config import Policy
+
+_ALLOCATION_FAILED = (4003, 4004)  # CUDNN_STATUS_INTERNAL_ERROR_HOST / DEVICE_ALLOCATION_FAILED
+
+
+def reason(candidate: Candidate, error: Exception) -> tuple[str, bool]:
+    """Why a candidate does not run, in one line, and whether memory is what lacked."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    out_of_memory = isinstance(error, TorchOutOfMemoryError) or (
+        isinstance(error, CudnnError) and error.status in _ALLOCATION_FAILED
+    )
+    if out_of_memory:
+        size = format_bytes(candidate.workspace_bytes)
+        text = f"out of memory: no room for its workspace of {size}: {text}"
+    return text, out_of_memory
 
 
 def nothing_usable(knowledge: Knowledge, policy: Policy) -> NotSupportedError:

@@ -13,10 +13,10 @@ import torch
 from torch.profiler import record_function
 
 from . import _loader, log, store
-from ._candidates import make_plan, pass_operation, with_best_pass
+from ._candidates import make_plan, other_precision, pass_operation, with_best_pass
 from ._check import Check
 from ._knowledge import knowledge_of
-from ._refusal import nothing_usable
+from ._refusal import nothing_usable, reason
 from ._watch import note, profiling, watchers
 from .config import Policy
 from .exceptions import (
@@ -28,17 +28,18 @@ from .exceptions import (
 )
 from .measure import Contestant, measure
 from .planner import objection, preference, selection_of
-from .selection import ADD, FUSED, Selection, format_bytes
+from .selection import ADD, FUSED, Selection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ._core import Plan, Problem, ReadyCall
 
+    Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, w, y, and a bias if there is one
+
 _UNPLANNABLE = (CudnnError, ValueError)
 _FAILURES = (*_UNPLANNABLE, TorchOutOfMemoryError)
 _PASSING = (CudnnExecutionError, CudnnInternalError)  # may not last: not for the store
-_ALLOCATION_FAILED = (4003, 4004)  # CUDNN_STATUS_INTERNAL_ERROR_HOST / DEVICE_ALLOCATION_FAILED
 
 
 class Runner:
@@ -170,10 +171,7 @@ class Runner:
         if self._provisional and self._plan is not None:
             return
         if missing and not self._provisional:
-            with knowledge.measuring:
-                missing = self._untimed()  # another thread may have been first
-                if missing:
-                    self._measure(missing, x, w, y, bias)
+            self._complete((x, w, y, bias))
         for index in preference(knowledge.candidates, problem.direction, policy):
             try:
                 plan = self._make_plan(index)
@@ -190,6 +188,31 @@ class Runner:
             knowledge.pack()
             return
         raise nothing_usable(self._knowledge, self._policy)
+
+    def _complete(self, tensors: Tensors) -> None:
+        """Measure what is missing, unless another thread or process does so first."""
+        problem, knowledge = self._problem, self._knowledge
+        with knowledge.measuring:
+            if not self._untimed():
+                return
+            with store.claim(problem):
+                knowledge.refresh()
+                missing = self._untimed()
+                if missing:
+                    self._measure(missing, tensors)
+            knowledge.forget(policy=self._policy)  # what ran in a capture is chosen anew
+        if missing and problem.dtype == "float32" and not problem.tf32:
+            self._complete_tf32(tensors)
+
+    def _complete_tf32(self, tensors: Tensors) -> None:
+        """Measure what tf32 adds to a strict problem, so that allowing it measures nothing."""
+        other = Runner(other_precision(self._problem), self._policy)
+        try:
+            other._knowledge = knowledge_of(other._problem)
+            other._complete(tensors)
+            other._knowledge.pack()
+        except Exception as error:  # of what was not asked for: this call goes on
+            log.not_measured(other._problem, error)
 
     def _untimed(self) -> list[int]:
         """The candidates to time before this policy can choose."""
@@ -214,12 +237,10 @@ class Runner:
             self._knowledge.update(index, workspace_bytes=plan.workspace_bytes)
         return plan
 
-    def _measure(
-        self, indices: list[int], x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None
-    ) -> None:
+    def _measure(self, indices: list[int], tensors: Tensors) -> None:
         """Time candidates on the caller's tensors: the result is overwritten by the run after."""
         problem, policy, knowledge = self._problem, self._policy, self._knowledge
-        tensors = x, w, y, bias
+        x, w, y, _ = tensors
         result = {"dgrad": x, "fprop": y, "wgrad": w}[problem.direction]
         check = Check(result, problem)
         reserved = torch.cuda.memory_reserved(self._device)
@@ -247,7 +268,6 @@ class Runner:
             # The allocator would keep the workspaces of all that were tried.
             torch.cuda.empty_cache()
         knowledge.source = "measured"
-        knowledge.forget(policy=policy)  # what ran in a capture is chosen anew
         candidates = knowledge.candidates
         for index, contestant in contestants.items():
             if isinstance(contestant.error, _PASSING):
@@ -255,9 +275,7 @@ class Runner:
         if any(candidate.time_ms is not None for candidate in candidates):
             store.write(problem, candidates)
 
-    def _run_earlier(
-        self, begin: int, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], check: Check
-    ) -> None:
+    def _run_earlier(self, begin: int, tensors: Tensors, check: Check) -> None:
         """Give the check the first candidate's result, where that one is not timed this time."""
         direction, policy = self._problem.direction, self._policy
         for index, candidate in enumerate(self._knowledge.candidates[:begin]):
@@ -278,11 +296,7 @@ class Runner:
             return self._make_plan(index)
 
     def _prepare(
-        self,
-        index: int,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor | None],
-        check: Check,
-        plan: Plan,
+        self, index: int, tensors: Tensors, check: Check, plan: Plan
     ) -> Callable[[], None] | None:
         candidate = self._knowledge.candidates[index]
         if objection(candidate, self._problem.direction, self._policy) is not None:
@@ -306,16 +320,9 @@ class Runner:
         """Note that a candidate does not run, for all threads."""
         if isinstance(error, CudnnNotInitializedError):
             raise error  # cuDNN does not start: no fault of the candidate
-        out_of_memory = isinstance(error, TorchOutOfMemoryError) or (
-            isinstance(error, CudnnError) and error.status in _ALLOCATION_FAILED
-        )
-        candidate = self._knowledge.candidates[index]
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if out_of_memory:
-            size = format_bytes(candidate.workspace_bytes)
-            reason = f"out of memory: no room for its workspace of {size}: {reason}"
+        text, out_of_memory = reason(self._knowledge.candidates[index], error)
         self._knowledge.forget(chosen=index)
-        candidate = self._knowledge.update(index, rejected=reason, out_of_memory=out_of_memory)
+        candidate = self._knowledge.update(index, rejected=text, out_of_memory=out_of_memory)
         log.rejected(self._problem, candidate)
 
     def selection(self) -> Selection:

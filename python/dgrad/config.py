@@ -37,6 +37,7 @@ class Flags:
             first usable one in cuDNN's order.
         measure_budget (float): seconds that "measure" may take for a problem, default 0.3. What
             was not reached in that time is timed by "exhaustive" only, also in later processes.
+            Strict float32 is measured with tf32 too, which may take as long again.
         algorithm (str, sequence or dict): the only algorithms to use, in order of preference,
             such as "legacy:ALGO_1", or "legacy" or "graph" for any of a provider's. They command
             the transposed convolution alone; a dict from direction ("dgrad", "fprop", "wgrad")

@@ -104,6 +104,12 @@ def rejected(problem: object, candidate: Candidate) -> None:
     logger.debug("rejected %s for %s: %s", candidate, problem, candidate.rejected)
 
 
+def not_measured(problem: object, error: Exception) -> None:
+    """One DEBUG line for a problem that was to be measured before anybody asks for it."""
+    _configure()
+    logger.debug("not measured ahead: %s: %s: %s", problem, type(error).__name__, error)
+
+
 @lru_cache(maxsize=1024)
 def captured(problem: object) -> None:
     """One WARNING for a problem first met while a CUDA graph is captured."""

@@ -6,9 +6,11 @@ folder or is ``off``; the default is ``dgrad`` in the user's cache folder.
 
 Note [Store]
 A file is written under a temporary name and renamed into place, so that readers find all of an
-entry or none, whoever is killed, on any number of processes and hosts, without locks. What is
-read is data that anybody may have spoiled: what is not exactly as expected counts as absent,
-with one warning. Neither reading nor writing raises into a forward pass.
+entry or none, whoever is killed, on any number of processes and hosts: entries are read and
+written without locks. What is read is data that anybody may have spoiled: what is not exactly as
+expected counts as absent, with one warning. Neither reading nor writing raises into a forward
+pass. Measuring is claimed by a lock beside the entry, which saves time and protects nothing: see
+Note [Claim] in _claim.py.
 """
 
 from __future__ import annotations
@@ -22,13 +24,14 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import _loader, log
+from ._claim import claimed
 from ._stored import (
     MAX_BYTES,
     canonical,
@@ -50,8 +53,8 @@ if TYPE_CHECKING:
 _FORMAT = 3  # another one where a stored candidate gets another meaning
 _FOLDER = re.compile(rf"[A-Za-z0-9.-]{{1,100}}_sm[0-9]{{2,4}}_cudnn-[0-9.]{{5,20}}_v{_FORMAT}")
 _FILE = re.compile(r"[0-9a-f]{32}\.json")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.json\.[0-9a-f]{16}\.tmp")
-_STALE_S = 3600.0  # a temporary file this old was left by a process that died
+_PASSING = re.compile(r"\.[0-9a-f]{32}\.json\.([0-9a-f]{16}\.tmp|lock)")  # not for long there
+_STALE_S = 3600.0  # one of these that is so old was left by a process that died
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # ESTALE: replaced by another NFS client
 
 _swept: set[Path] = set()  # folders whose stale files this process has removed
@@ -103,6 +106,24 @@ def write(problem: Problem, candidates: Sequence[Candidate]) -> None:
         log.warn_once(str(problem), "the selection for %s is not stored: it %s", problem, error)
     except OSError as error:
         log.warn_once(str(root), "selections are not stored in %r: %s", str(root), error)
+
+
+@contextmanager
+def claim(problem: Problem) -> Iterator[None]:
+    """Let one process at a time measure a problem; the others wait here, but not for long.
+
+    Read the store inside: another may have measured meanwhile. Raises nothing. Where the store is
+    off or cannot be written nobody waits.
+    """
+    lock = None
+    root = path()
+    if root is not None:
+        folder = root / _folder_name(problem.device)
+        with suppress(OSError):  # writing will warn of it
+            _make_own(folder)
+            lock = folder / f".{file_name(problem)}.lock"
+    with nullcontext() if lock is None else claimed(lock):
+        yield
 
 
 def list() -> builtins.list[dict[str, Any]]:
@@ -172,7 +193,7 @@ def forget(matching: str | None = None) -> int:
             folder / name
             for folder in _folders(path())
             for name in os.listdir(folder)
-            if _FILE.fullmatch(name) or _TEMPORARY.fullmatch(name)
+            if _FILE.fullmatch(name) or _PASSING.fullmatch(name)
         ]
     else:
         files = [file for file, problem, _ in _entries(path()) if matching in text_of(problem)]
@@ -200,6 +221,15 @@ def _require_own(folder: Path) -> None:
     owner = os.stat(folder).st_uid
     if owner != os.geteuid():
         raise PermissionError(errno.EPERM, f"The folder belongs to user {owner}", str(folder))
+
+
+def _make_own(folder: Path) -> None:
+    """Make a folder and its root where they are missing. OSError if that cannot be."""
+    for each in (folder.parent, folder):
+        for missing in reversed([p for p in (each, *each.parents) if not p.exists()]):
+            with suppress(FileExistsError):  # another process was first
+                missing.mkdir(mode=0o700)
+        _require_own(each)
 
 
 def _trusted(folder: Path) -> bool:
@@ -258,11 +288,7 @@ def _read_file(file: Path) -> bytes:
 
 def _save(folder: Path, name: str, data: bytes) -> None:
     """Put a file into place. Raises OSError, and leaves nothing then."""
-    for each in (folder.parent, folder):
-        for missing in reversed([p for p in (each, *each.parents) if not p.exists()]):
-            with suppress(FileExistsError):  # another process was first
-                missing.mkdir(mode=0o700)
-        _require_own(each)
+    _make_own(folder)
     temporary = folder / f".{name}.{secrets.token_hex(8)}.tmp"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
@@ -280,8 +306,8 @@ def _save(folder: Path, name: str, data: bytes) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes left that died while writing."""
-    for name in filter(_TEMPORARY.fullmatch, os.listdir(folder)):
+    """Remove what processes left that died while writing or measuring."""
+    for name in filter(_PASSING.fullmatch, os.listdir(folder)):
         if time.time() - os.lstat(folder / name).st_mtime > _STALE_S:
             (folder / name).unlink(missing_ok=True)
 
