@@ -313,7 +313,7 @@ def test_a_compiled_model_trains_as_pytorchs(mode: str, dynamic: bool) -> None:
     converted = copy.deepcopy(plain)
     dgrad.convert(converted)
     compiled = torch.compile(converted, fullgraph=True, dynamic=dynamic, mode=mode)
-    with dgrad.flags(allow_tf32=False), torch.backends.cudnn.flags(allow_tf32=False):
+    with dgrad.flags(allow_tf32=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         found, wanted = trained(converted, compiled, 6), trained(plain, plain, 6)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

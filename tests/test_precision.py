@@ -1,4 +1,4 @@
-"""Strict float32 and tf32: two problems that share their times, so that nothing is timed twice."""
+"""What precision and determinism decide between is timed at once, and nothing is timed twice."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ def test_forbidding_tf32_needs_no_new_measuring(
     run(FakeProblem(tf32=False), selection="measure")
     assert measured == [["ALGO_1", "ALGO_0", "GEMM"]]
     assert names(core) == ["ALGO_1", "GEMM"]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_switching_determinism_needs_no_new_measuring(
+    first: bool, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(FakeResult("ALGO_0", deterministic=False), FakeResult("ALGO_1"))
+    measured = fake_times(core, monkeypatch, {"ALGO_0": 1.0, "ALGO_1": 2.0})
+    for deterministic in (first, not first):
+        run(selection="measure", deterministic=deterministic)
+    assert measured == [["ALGO_0", "ALGO_1"]]
+    assert names(core) == (["ALGO_1", "ALGO_0"] if first else ["ALGO_0", "ALGO_1"])
 
 
 def test_what_failed_with_tf32_is_not_tried_again_without_it(

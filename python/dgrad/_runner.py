@@ -60,11 +60,14 @@ class Runner:
         "_problem",
         "_provisional",
         "_repeats",
+        "_timing",
     )
 
     def __init__(self, problem: Problem, policy: Policy) -> None:
         self._problem = problem
         self._policy = policy
+        # All that determinism decides between is timed at once: switching it measures nothing.
+        self._timing = policy._replace(deterministic=False)
         self._device = torch.device("cuda", problem.device)
         self._plan: Plan | None = None
         self._provisional = False
@@ -216,7 +219,7 @@ class Runner:
 
     def _untimed(self) -> list[int]:
         """The candidates to time before this policy can choose."""
-        policy, candidates = self._policy, self._knowledge.candidates
+        policy, candidates = self._timing, self._knowledge.candidates
         direction = self._problem.direction
         if policy.selection == "heuristic" or policy.forces(direction):
             return []
@@ -277,7 +280,7 @@ class Runner:
 
     def _run_earlier(self, begin: int, tensors: Tensors, check: Check) -> None:
         """Give the check the first candidate's result, where that one is not timed this time."""
-        direction, policy = self._problem.direction, self._policy
+        direction, policy = self._problem.direction, self._timing
         for index, candidate in enumerate(self._knowledge.candidates[:begin]):
             if objection(candidate, direction, policy) is not None:
                 continue
@@ -299,7 +302,7 @@ class Runner:
         self, index: int, tensors: Tensors, check: Check, plan: Plan
     ) -> Callable[[], None] | None:
         candidate = self._knowledge.candidates[index]
-        if objection(candidate, self._problem.direction, self._policy) is not None:
+        if objection(candidate, self._problem.direction, self._timing) is not None:
             return None
         check.spoil()
         return partial(self._execute, plan, candidate.bias, *tensors)
