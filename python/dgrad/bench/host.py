@@ -39,6 +39,7 @@ _ROUNDS = 10
 _THREADS = 8
 
 Round = Callable[[Callable[[], object]], list[float]]
+Kind = tuple[str, list[partial[Any]], bool, Round]  # dgrad's call and PyTorch's; with gradients?
 
 
 def _round(call: Callable[[], object]) -> list[float]:
@@ -123,13 +124,19 @@ def _cases() -> list[dict[str, Any]]:
             grad = torch.randn_like(layer(x))
             leaf = x.clone().requires_grad_()
             steps = [partial(_step, module, leaf, grad) for module in (ours, layer)]
-            for kind, calls, recording, round_ in (
+            kinds: list[Kind] = [
                 ("function", functions, False, _round),
                 ("module", modules, False, _round),
                 ("module, recording", modules, True, _round),
                 ("module, with backward", steps, True, _round),
                 (f"function, {_THREADS} threads", functions, False, threads.round),
-            ):
+            ]
+            if name == "tiny":  # the others' would tell no more, and compiling takes seconds
+                compiled = [
+                    partial(torch.compile(module, fullgraph=True), x) for module in (ours, layer)
+                ]
+                kinds.append(("module, compiled", compiled, False, _round))
+            for kind, calls, recording, round_ in kinds:
                 with torch.set_grad_enabled(recording):
                     result = compare_host(calls[0], calls[1], round_)
                 cases.append({"layer": name, "bias": bias, "call": kind, **result})
