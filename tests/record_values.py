@@ -16,7 +16,9 @@ import json
 import math
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ _LARGER = (  # of real models, cut down
 
 
 def cases() -> list[Case]:
-    """The larger ones in every precision and layout, then random ones of every kind."""
+    """Random ones of every kind, then the larger ones in every precision and layout."""
     found = [
         Case(**{**vars(case), "precision": precision, "layout": layout, "grad_layout": layout})
         for case in _LARGER
@@ -56,11 +58,12 @@ def cases() -> list[Case]:
     ]
     drawn = [random_case(_SEED, index) for index in range(_RANDOM)]
     drawn.append(random_case(20260117, 224))  # tf32 at an address of 4 bytes' alignment
-    return found + [
+    entering = [
         case
         for case in drawn
         if all(case.output_padding[i] < case.stride[i] for i in (0, 1))  # else rows are appended
     ]
+    return entering + found
 
 
 class Trial:
@@ -138,11 +141,17 @@ class Trial:
         torch.cuda.synchronize()
 
 
-def _child(start: int, skip: int) -> None:
+def _jobs() -> list[tuple[Case, str]]:
+    return [(case, direction) for case in cases() for direction in OUTPUT]
+
+
+def _child(start: int, skip: int, end: float) -> None:
     """Run every ``_CHILDREN``-th trial from ``start``, its first candidate being ``skip``; one line
-    before each candidate, one after."""
-    jobs = [(case, direction) for case in cases() for direction in OUTPUT]
+    before each candidate, one after. None is begun after ``end``, in seconds since the epoch."""
+    jobs = _jobs()
     for number in range(start, len(jobs), _CHILDREN):
+        if time.time() > end:
+            break
         case, direction = jobs[number]
         trial = Trial(case, direction)
         for index, candidate in enumerate(trial.candidates):
@@ -162,12 +171,12 @@ def _child(start: int, skip: int) -> None:
     print(json.dumps({"finished": len(jobs)}), flush=True)
 
 
-def _run_share(first: int) -> list[dict[str, Any]]:
+def _run_share(first: int, end: float) -> list[dict[str, Any]]:
     """What comes of every ``_CHILDREN``-th trial from the first."""
     runs: list[dict[str, Any]] = []
     start, skip = first, 0
     while True:
-        command = [sys.executable, __file__, "--child", str(start), str(skip)]
+        command = [sys.executable, __file__, "--child", *map(str, (start, skip, end))]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert child.stdout is not None
         begun: dict[str, Any] | None = None
@@ -219,6 +228,7 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             wrong.append(run)
     accepted = [run for run in runs if run["rejected"] is None and "refused" not in run]
     return {
+        "trials": len({run["trial"] for run in runs}),
         "problems": len({run["problem"] for run in runs}),
         "candidates": len(runs),
         "accepted": len(accepted),
@@ -231,14 +241,19 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, help="the JSON file to write")
-    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--seconds", type=float, default=1e6, help="begin no trial after so many seconds"
+    )
+    parser.add_argument("--child", type=float, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     _loader.require()
     if options.child:
-        _child(*options.child)
+        start, skip, end = options.child
+        _child(int(start), int(skip), end)
         return 0
+    end = time.time() + options.seconds
     with ThreadPoolExecutor(_CHILDREN) as pool:
-        shares = list(pool.map(_run_share, range(_CHILDREN)))
+        shares = list(pool.map(partial(_run_share, end=end), range(_CHILDREN)))
     runs = sorted(itertools.chain(*shares), key=lambda run: (run["trial"], run["index"]))
     summary = _summary(runs)
     versions = environment.versions()
@@ -248,6 +263,7 @@ def main() -> int:
         "device": torch.cuda.get_device_name(),
         "versions": versions,
         "code_hash": code_hash(),
+        "trials": len(_jobs()),
     }
     if options.out:
         options.out.write_text(json.dumps({"meta": meta, **summary}, indent=1) + "\n")
