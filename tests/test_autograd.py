@@ -344,7 +344,7 @@ class CallByPyTorch:
 def as_on_a_gpu() -> Iterator[None]:
     """CPU tensors take the way of CUDA tensors, with PyTorch's operators in place of cuDNN."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(functional, "unsuitable", lambda *_: None)
+        patch.setattr(functional, "_unsuitable", lambda *_: None)
         patch.setattr(functional, "Call", CallByPyTorch)
         dgrad.plan_cache.clear()
         yield

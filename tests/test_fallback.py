@@ -364,7 +364,7 @@ def test_a_layer_can_be_called_with_other_parameters() -> None:
 @pytest.fixture
 def cpu_taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """CPU tensors are prepared as CUDA tensors are; the list holds the input pointers of calls."""
-    unsuitable, pointers = functional.unsuitable, []
+    unsuitable, pointers = functional._unsuitable, []
 
     def without_devices(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
         with monkeypatch.context() as patch:
@@ -384,7 +384,7 @@ def cpu_taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def ready(self, recipe: object) -> None:
             return None  # native code reads CUDA tensors alone
 
-    monkeypatch.setattr(functional, "unsuitable", without_devices)
+    monkeypatch.setattr(functional, "_unsuitable", without_devices)
     monkeypatch.setattr(functional, "Call", Recorder)
     return pointers
 

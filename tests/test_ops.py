@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 compiles = pytest.mark.skipif(
-    not hasattr(torch.compiler, "_is_exporting_flag"), reason="PyTorch's operator runs before 2.7"
+    torch.__version__ < "2.7", reason="PyTorch's operator runs before 2.7"
 )
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -219,8 +220,11 @@ def test_the_flags_of_a_layer_reach_its_operator(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_flags_come_back_from_their_text(flags: dgrad.Flags) -> None:
-    assert config.from_text(flags.as_text()) == flags
+    text = flags.as_text()
+    assert config.from_text(text) == flags
     assert config.from_text("") is None
+    assert not {'"', "'", "\\"} & set(text)  # it may stand in code that the compiler writes
+    assert pickle.loads(pickle.dumps(flags)).as_text() == copy.deepcopy(flags).as_text() == text
 
 
 @compiles
@@ -254,6 +258,36 @@ def test_bad_arguments_are_told_while_compiling(device: str) -> None:
         compiled(y, w, groups=4)
     with pytest.raises(TypeError, match=r"stride is 1\.5, expected an integer"):
         compiled(y, w, stride=1.5)
+    with pytest.raises(TypeError, match=r"groups is True, expected an integer"):
+        compiled(y, w, groups=True)
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["fprop", "wgrad"])
+def test_a_direction_without_a_bias_refuses_one(name: str, device: str) -> None:
+    first, second, _, *rest = CALLS[name](*tensors(device))
+    with pytest.raises(RuntimeError, match=f"bias is given, expected None: {name} adds none"):
+        getattr(torch.ops.dgrad, name)(first, second, torch.ones(6, device=device), *rest)
+
+
+@on_each_device
+@compiles
+@pytest.mark.usefixtures("taken")
+def test_what_may_change_is_not_decided_while_compiling(
+    device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dgrad import log
+
+    _, w, y = tensors(device)
+    compiled = torch.compile(dgrad.conv_transpose2d, fullgraph=True, backend="aot_eager")
+    with torch.backends.cudnn.flags(enabled=False):
+        _, called = graphs_of(dgrad.conv_transpose2d, y, w)
+        assert "dgrad.dgrad.default" in called
+        log.fallback.cache_clear()
+        with caplog.at_level(logging.INFO, logger="dgrad"):
+            torch.testing.assert_close(compiled(y, w), F.conv_transpose2d(y, w))
+    wanted = "input is on cpu" if device == "cpu" else "torch.backends.cudnn.enabled is False"
+    assert wanted in caplog.text
 
 
 @on_each_device

@@ -52,6 +52,18 @@ def test_forbidding_tf32_needs_no_new_measuring(
     assert names(core) == ["ALGO_1", "GEMM"]
 
 
+def test_nothing_is_measured_for_tf32_where_the_environment_turns_it_off(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its times would be those of full float32, and later processes would believe them."""
+    core = start(*EITHER)
+    measured = fake_times(core, monkeypatch, EITHER_MS)
+    monkeypatch.setattr(config, "tf32_overridden", lambda: True)
+    run(STRICT, selection="measure")
+    assert measured == [["ALGO_0", "GEMM"]]
+    assert len(everything()) == 1
+
+
 @pytest.mark.parametrize("first", [False, True])
 def test_switching_determinism_needs_no_new_measuring(
     first: bool, start: Start, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import _fallback, config
+from . import _fallback, _loader, config
 from ._call import DTYPES, INPUTS, OUTPUT, Call, call_for, memory_format
 from ._geometry import Geometry, Pair, is_channels_last
 from ._watch import profiling, watchers
@@ -162,7 +162,7 @@ def _unsuitable(tensor: Tensor) -> str | None:
         return f"cuDNN's convolutions have no {tensor.dtype}"
     if not torch._C._get_cudnn_enabled():
         return "torch.backends.cudnn.enabled is False"
-    return None
+    return _loader.unavailable_reason()
 
 
 def entered(made: Recipe, a: Any, b: Any, grad: Tensor) -> tuple[Any, Any, Tensor]:

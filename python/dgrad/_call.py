@@ -40,7 +40,8 @@ _ALIGNMENT = 16  # bytes, of an address that every kernel can read
 
 # What torch.compile's code allocates with, on the current device: torch.empty_strided takes longer
 # and gives the GIL to other threads, as the convolution after it does once more.
-_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_empty_strided = getattr(_guards, "_empty_strided_cuda", None)
 
 
 def _alignment(address: int) -> int:

@@ -43,6 +43,11 @@ def _geometry(
     )
 
 
+def _refuse_bias(direction: str, bias: Tensor | None) -> None:
+    if bias is not None and direction != "dgrad":
+        raise RuntimeError(f"bias is given, expected None: {direction} adds none")
+
+
 def _run(
     direction: str,
     a: Tensor,
@@ -55,6 +60,7 @@ def _run(
     groups: int,
     flags: str = "",
 ) -> Tensor:
+    _refuse_bias(direction, bias)
     geometry, layer = _geometry(padding, stride, dilation, groups), config.from_text(flags)
     result = unrecorded(direction, a, b, geometry, (size[0], size[1]), layer, bias)
     # Where PyTorch's operator ran, it may have chosen other strides.
@@ -81,6 +87,7 @@ def _fake(
     groups: int,
     flags: str = "",
 ) -> Tensor:
+    _refuse_bias(direction, bias)
     shape = output_shape(direction, a.shape, b.shape, groups, (size[0], size[1]))
     return torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=memory_format(a, b))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import record_function
 
-from . import _loader, log, store
+from . import _loader, config, log, store
 from ._candidates import make_plan, other_precision, pass_operation, with_best_pass
 from ._check import Check
 from ._knowledge import knowledge_of
@@ -204,7 +204,8 @@ class Runner:
                 if missing:
                     self._measure(missing, tensors)
             knowledge.forget(policy=self._policy)  # what ran in a capture is chosen anew
-        if missing and problem.dtype == "float32" and not problem.tf32:
+        strict = problem.dtype == "float32" and not problem.tf32
+        if missing and strict and not config.tf32_overridden():
             self._complete_tf32(tensors)
 
     def _complete_tf32(self, tensors: Tensors) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import torch
 
@@ -73,7 +74,11 @@ class Flags:
         own = self._set()
         if self.algorithm is not None:
             own["algorithm"] = dict(self.algorithm)
-        object.__setattr__(self, "_text", json.dumps(own))
+        # Quoted, as code that the compiler generates may contain it.
+        object.__setattr__(self, "_text", quote(json.dumps(own)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Flags, **self._set()), ()
 
     def _set(self) -> dict[str, Any]:
         """The flags that are not None."""
@@ -215,7 +220,7 @@ def _changed(changes: Mapping[str, Any]) -> Flags:
 @lru_cache(maxsize=256)
 def from_text(text: str) -> Flags | None:
     """The flags that :meth:`Flags.as_text` told of; None of an empty text."""
-    return interned(Flags(**json.loads(text))) if text else None
+    return interned(Flags(**json.loads(unquote(text)))) if text else None
 
 
 @lru_cache(maxsize=256)
@@ -264,7 +269,8 @@ def policy(layer: Flags | None = None) -> Policy:
 
 
 @cache
-def _tf32_overridden() -> bool:
+def tf32_overridden() -> bool:
+    """Whether the environment turns tf32 off in all of NVIDIA's libraries."""
     # NVIDIA's libraries read it once too; only 0 means anything.
     return os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
 
@@ -309,7 +315,7 @@ def switches(layer: Flags | None) -> tuple[object, ...]:
 
 def tf32_allowed(layer: Flags | None = None) -> bool:
     """Whether float32 may run in tf32 now."""
-    if _tf32_overridden():
+    if tf32_overridden():
         return False
     own = (_flags if layer is None else effective(layer)).allow_tf32
     return _torch_allows_tf32() if own is None else own

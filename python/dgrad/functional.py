@@ -20,6 +20,7 @@ from ._watch import profiling, watchers
 from .planner import plan_cache
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_OLD_COMPILER = torch.__version__ < "2.13"
 
 
 # Each call asks these: the way to them would take as long as they do.
@@ -231,7 +232,7 @@ def _prepare(
         return _Prepared(None, reason, geometry, (0, 0), (0, 0))
     check_tensors(input, weight, bias)
     size = check_sizes(input, weight, bias, geometry, output_padding)
-    reason = unsuitable(input, weight, bias)
+    reason = _unsuitable(input, weight, bias)
     if reason is not None:
         return _Prepared(None, reason, geometry, size, (0, 0))
     appended = appended_rows(output_padding, geometry.stride)
@@ -247,19 +248,25 @@ def _subclass_reason(*tensors: object) -> str | None:
     return None
 
 
+def _unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why PyTorch runs what is right for conv_transpose2d, or None."""
+    reason = unsuitable(input, weight, bias)
+    if reason is None and not torch.backends.cudnn.enabled:
+        reason = "torch.backends.cudnn.enabled is False"
+    return reason or _loader.unavailable_reason()
+
+
 def unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why tensors that are right for conv_transpose2d are PyTorch's to run, or None."""
+    """Why such tensors are PyTorch's to run, whatever the state of the process, or None."""
     if not input.is_cuda:
         return f"input is on {input.device.type}, and cuDNN runs on CUDA devices"
     if input.dtype not in DTYPES:
         return f"cuDNN's convolutions have no {input.dtype}"
-    if not torch.backends.cudnn.enabled:
-        return "torch.backends.cudnn.enabled is False"
     if input.numel() == 0:
         return "the batch is empty"
     if any(t.is_neg() or t._is_zerotensor() for t in (input, weight, bias) if t is not None):
         return "a negative view, or zeros without memory, must be resolved first"
-    return _loader.unavailable_reason()
+    return None
 
 
 def enter(input: Tensor, weight: Tensor, appended: Pair) -> tuple[Tensor, Tensor]:
@@ -285,8 +292,9 @@ def autocast(tensor: Tensor) -> Tensor:
 
 def _is_exporting() -> bool:
     """Whether PyTorch's own operators are wanted; before PyTorch 2.7 nothing tells."""
-    # Not is_exporting(): compilers up to PyTorch 2.12 take that for True always.
-    return getattr(torch.compiler, "_is_exporting_flag", True)
+    # Older compilers take is_exporting() for True always: there the flag that it reads is read.
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return flag if flag is not None else _OLD_COMPILER or torch.compiler.is_exporting()
 
 
 def _compiled(
@@ -306,7 +314,8 @@ def _compiled(
         type(tensor) in _PLAIN_TYPES and not _is_vmapped(tensor) for tensor in tensors
     ):
         # Nothing is logged: that would break the graph.
-        _fallback.permit(flags, "exporting, torch.func or a subclass of Tensor is at work")
+        reason = "exporting, torch.func, a subclass of Tensor or PyTorch before 2.7 is at work"
+        _fallback.permit(flags, reason)
         return F.conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
@@ -317,7 +326,7 @@ def _compiled(
         pair(stride, "stride"),
         pair(padding, "padding"),
         pair(output_padding, "output_padding"),
-        groups,
+        groups if type(groups) is int else integer(groups, "groups"),
         pair(dilation, "dilation"),
         "" if flags is None else flags.as_text(),
     )

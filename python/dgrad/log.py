@@ -107,7 +107,8 @@ def rejected(problem: object, candidate: Candidate) -> None:
 def not_measured(problem: object, error: Exception) -> None:
     """One DEBUG line for a problem that was to be measured before anybody asks for it."""
     _configure()
-    logger.debug("not measured ahead: %s: %s: %s", problem, type(error).__name__, error)
+    # As text: see warn_once.
+    logger.debug("not measured ahead: %s: %s: %s", problem, type(error).__name__, str(error))
 
 
 @lru_cache(maxsize=1024)
