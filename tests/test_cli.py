@@ -123,6 +123,19 @@ def test_compare_swaps_parametrized_layers(write: Any, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["layers"] == 1
 
 
+def test_the_rest_of_dgrads_model_has_the_setting_that_pytorch_was_faster_with(
+    write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits = "time.sleep(0.05 * (not torch.backends.cudnn.benchmark))"
+    file = write(
+        ("import torch\n", "import time\nimport torch\n"), ('print("the model may print")', waits)
+    )
+    assert _compare(file, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["pytorch_ms"] > 50
+    assert told["dgrad_ms"] < 50 > told["pytorch_benchmark_ms"]
+
+
 def test_a_step_of_training_needs_gradients(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(("self.drop = nn.Dropout()", "self.requires_grad_(False).drop = nn.Dropout()"))
     assert _compare(file, "--training") == 2

@@ -541,7 +541,8 @@ def test_one_line_for_each_new_selection_and_none_for_a_repeat(
         assert len(lines) == 3
         for line, direction in zip(lines, DIRECTIONS, strict=True):
             assert re.search(
-                rf"^selected graph:eng\S+ \(FMA_MATH\) for {direction} float32/ieee nchw ", line
+                rf"^selected (graph|legacy):\S+ \(\w+_MATH\) for {direction} float32/ieee nchw ",
+                line,
             ), line
             assert re.search(r"workspace [\d.]+ ([KMG]i)?B\b", line), line
             assert "source heuristic" in line

@@ -30,9 +30,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a worker is asked. `setting` is "pytorch", "pytorch_benchmark" or "dgrad"."""
+    """What a worker is asked. `setting` is "pytorch", "pytorch_benchmark" or "dgrad"; `benchmark`
+    is PyTorch's switch while it times, for whatever PyTorch runs."""
 
     setting: str
+    benchmark: bool
     file: str | None
     device: str
     seed: int
@@ -49,12 +51,13 @@ def run(request: Request) -> dict[str, Any]:
         torch.cuda.set_device(device)
     contest = _Contest(request, device)
     # after the file was imported, which may have set it
-    torch.backends.cudnn.benchmark = request.setting == "pytorch_benchmark"
+    torch.backends.cudnn.benchmark = request.benchmark
     if request.setting != "dgrad":
         return contest.time(swap=False)
     dgrad.set_flags(selection=request.selection)
     messages = _collect_messages()
     times = contest.time(swap=True)
+    torch.backends.cudnn.benchmark = False  # the outputs are held against PyTorch's default
     verdict = contest.check()
     finite = verdict.max_abs_diff is not None and math.isfinite(verdict.max_abs_diff)
     return {
