@@ -614,9 +614,9 @@ def test_a_remembered_problem_takes_less_than_4_kib(
         ]
 
     monkeypatch.setattr(_knowledge.store, "read", read)
-    size = grown(lambda number: run_problem(crowded, problem_number(number)), 500, unseen=2000)
+    size = grown(lambda number: run_problem(crowded, problem_number(number)), 1000, unseen=9000)
     assert size + NATIVE_BYTES < LIMIT_BYTES
-    assert_remembered(2500)
+    assert_remembered(10000)
 
 
 def test_a_problem_that_was_measured_takes_no_more(crowded: CrowdedCore) -> None:
