@@ -112,8 +112,19 @@ def compare(
             setting == "dgrad"
             and timings["pytorch_benchmark"].median_ms < timings["pytorch"].median_ms
         )
-        asked = (file, str(where), seed, budget_s, full_size, selection, training)
-        results[setting] = _run_worker(Request(setting, benchmark, *asked))
+        results[setting] = _run_worker(
+            Request(
+                setting,
+                benchmark,
+                file,
+                str(where),
+                seed,
+                budget_s,
+                full_size,
+                selection,
+                training,
+            )
+        )
         timings[setting] = Timing(**results[setting].pop("timing"))
     shares = {name: result.pop("share") for name, result in results.items()}
     return Comparison(
