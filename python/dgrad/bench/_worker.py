@@ -34,7 +34,6 @@ class Request:
     is PyTorch's switch while it times, for whatever PyTorch runs."""
 
     setting: str
-    benchmark: bool
     file: str | None
     device: str
     seed: int
@@ -42,6 +41,7 @@ class Request:
     full_size: bool
     selection: str | None = None
     training: bool = False
+    benchmark: bool = False
 
 
 def run(request: Request) -> dict[str, Any]:

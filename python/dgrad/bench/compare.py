@@ -112,19 +112,10 @@ def compare(
             setting == "dgrad"
             and timings["pytorch_benchmark"].median_ms < timings["pytorch"].median_ms
         )
-        results[setting] = _run_worker(
-            Request(
-                setting,
-                benchmark,
-                file,
-                str(where),
-                seed,
-                budget_s,
-                full_size,
-                selection,
-                training,
-            )
+        request = Request(
+            setting, file, str(where), seed, budget_s, full_size, selection, training, benchmark
         )
+        results[setting] = _run_worker(request)
         timings[setting] = Timing(**results[setting].pop("timing"))
     shares = {name: result.pop("share") for name, result in results.items()}
     return Comparison(
