@@ -126,14 +126,14 @@ def test_compare_swaps_parametrized_layers(write: Any, capsys: pytest.CaptureFix
 def test_the_rest_of_dgrads_model_has_the_setting_that_pytorch_was_faster_with(
     write: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    waits = "time.sleep(0.05 * (not torch.backends.cudnn.benchmark))"
+    waits = "time.sleep(0.3 * (not torch.backends.cudnn.benchmark))"
     file = write(
         ("import torch\n", "import time\nimport torch\n"), ('print("the model may print")', waits)
     )
     assert _compare(file, "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["pytorch_ms"] > 50
-    assert told["dgrad_ms"] < 50 > told["pytorch_benchmark_ms"]
+    assert told["pytorch_ms"] > 300
+    assert told["dgrad_ms"] < 300 > told["pytorch_benchmark_ms"]
 
 
 def test_a_step_of_training_needs_gradients(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
