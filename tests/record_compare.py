@@ -45,7 +45,8 @@ def main() -> int:
     os.environ["DGRAD_STORE"] = "off"  # each problem is selected here, not by an earlier run
 
     meta: dict[str, Any] = {
-        "command": " ".join(["python", "tests/record_compare.py", *sys.argv[1:]])
+        "command": " ".join(["python", "tests/record_compare.py", *sys.argv[1:]]),
+        "code_hash": _code_hash(),
     }
     cases: list[dict[str, Any]] = []
     for file in sorted((_HERE / ("models" if arguments.models else "kernelbench")).glob("*.py")):
@@ -79,14 +80,16 @@ def main() -> int:
             f"dgrad {comparison.dgrad.median_ms:.3f} ms, ratio {comparison.ratio:.3f}",
             flush=True,
         )
-    meta["code_hash"] = _code_hash()
-
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = arguments.out.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"meta": meta, "cases": cases}, indent=1) + "\n")
-    os.replace(unfinished, arguments.out)
+        _write(arguments.out, {"meta": meta, "cases": cases})  # what is done may be all there is
     equal = all(case["equal"] or case["heuristic"]["equal"] for case in cases)
     return 0 if equal else 1
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(unfinished, out)
 
 
 def _kept(comparison: Comparison) -> dict[str, Any]:

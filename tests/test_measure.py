@@ -30,9 +30,12 @@ class Device:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_ms = 0.0
         self.held = False  # then the host does not limit
+        self.cold = False  # nothing of a run's tensors is in the cache
+        self.memory = True
         self.events: list[str] = []
         cuda = SimpleNamespace(Event=lambda enable_timing: FakeEvent(self), _sleep=self.hold)
-        monkeypatch.setattr(measuring, "torch", SimpleNamespace(cuda=cuda))
+        fake = SimpleNamespace(cuda=cuda, empty=self.empty, uint8=None)
+        monkeypatch.setattr(measuring, "torch", fake)
         clock = SimpleNamespace(perf_counter=lambda: self.now_ms / 1e3)
         monkeypatch.setattr(measuring, "time", clock)
         monkeypatch.setattr(measuring, "_AHEAD", 1)
@@ -41,17 +44,28 @@ class Device:
         self.held = True
         self.events.append("hold")
 
+    def empty(self, size: int, dtype: object, device: str) -> Any:
+        if not self.memory:
+            raise Failure("no memory")
+        return SimpleNamespace(zero_=self.flush)
+
+    def flush(self) -> None:
+        assert self.held
+        self.now_ms += 0.07
+        self.cold = True
+
     def contestant(
         self,
         name: str,
         time_ms: float | Callable[[int], float],
         *,
         device_ms: float | None = None,
+        cold_ms: float = 0.0,
         check: Callable[[], None] = lambda: None,
     ) -> Contestant:
         """One whose runs take so many milliseconds; a function is given the number of the run.
 
-        On the device alone they take ``device_ms``, or the same.
+        On the device alone they take ``device_ms``, or the same; ``cold_ms`` more out of its cache.
         """
         runs = 0
 
@@ -62,6 +76,8 @@ class Device:
                 self.now_ms += device_ms
             else:
                 self.now_ms += time_ms(runs) if callable(time_ms) else time_ms
+            self.now_ms += cold_ms if self.cold else 0.0
+            self.cold = False
             runs += 1
 
         def prepare(built: object) -> Callable[[], None]:
@@ -206,7 +222,7 @@ def test_the_single_run_before_the_rounds_does_not_count(device: Device) -> None
 )
 def test_short_runs_are_timed_back_to_back(device: Device, time_ms: float, runs: int) -> None:
     time([device.contestant("a", time_ms), device.contestant("b", time_ms)])
-    on_device = DEVICE_RUNS if time_ms < 0.1 else 0
+    on_device = DEVICE_RUNS if time_ms <= 0.1 else 0
     assert device.count("a") == 2 + ROUNDS * runs + on_device
     before = device.events.index("prepare b")
     order = [event for event in device.events[before + 3 :] if event != "hold"]
@@ -215,7 +231,7 @@ def test_short_runs_are_timed_back_to_back(device: Device, time_ms: float, runs:
 
 
 def test_one_alone_is_run_twice(device: Device) -> None:
-    assert time([device.contestant("a", 0.1)]) == [0.1]
+    assert time([device.contestant("a", 0.2)]) == [0.2]
     assert device.count("a") == 2
     assert time([]) == []
 
@@ -286,16 +302,36 @@ def test_the_check_comes_once_after_the_first_run(device: Device) -> None:
 
 
 def test_where_the_host_may_limit_the_close_ones_are_timed_on_the_device(device: Device) -> None:
-    a = device.contestant("a", 0.03, device_ms=0.02)
-    b = device.contestant("b", 0.031, device_ms=0.01)
-    c = device.contestant("c", 0.034, device_ms=0.001)
-    assert time([a, b, c]) == [0.03, 0.031, 0.034]
+    a = device.contestant("a", 0.03, device_ms=0.020)
+    b = device.contestant("b", 0.044, device_ms=0.010)
+    c = device.contestant("c", 0.046, device_ms=0.001)
+    assert time([a, b, c]) == [0.03, 0.044, 0.046]
     assert [each.device_ms for each in (a, b, c)] == [
         pytest.approx(0.02),
         pytest.approx(0.01),
         None,
     ]
-    assert device.count("hold") == 2 * 3
+    assert device.count("hold") == 3 + 1, "a is slower than b by more than a quarter"
+
+
+def test_what_one_alone_takes_on_the_device_is_known_too(device: Device) -> None:
+    alone = device.contestant("a", 0.03, device_ms=0.02)
+    assert time([alone]) == [0.03]
+    assert alone.device_ms == pytest.approx(0.02)
+
+
+def test_half_of_the_runs_on_the_device_find_nothing_in_its_cache(device: Device) -> None:
+    contestant = device.contestant("a", 0.03, device_ms=0.02, cold_ms=0.008)
+    assert time([contestant]) == [0.03]
+    assert contestant.device_ms == pytest.approx(0.024)
+
+
+def test_without_memory_to_empty_the_cache_with_it_stays_as_it_is(device: Device) -> None:
+    device.memory = False
+    contestant = device.contestant("a", 0.03, device_ms=0.02, cold_ms=0.008)
+    assert time([contestant]) == [0.03]
+    assert contestant.device_ms == pytest.approx(0.02)
+    assert contestant.error is None
 
 
 def test_where_the_device_limits_it_is_not_held_back(device: Device) -> None:

@@ -606,8 +606,9 @@ def first_choice(candidates: list[Candidate]) -> int:
     ("times", "chosen"),
     [
         ([(0.030, 0.015), (0.031, 0.013)], 1),  # as close as the host can tell
-        ([(0.030, 0.015), (0.034, 0.013)], 0),  # slower for who replays nothing
-        ([(0.030, 0.015), (0.031, None)], 0),  # not known: the time back to back decides
+        ([(0.030, 0.015), (0.046, 0.013)], 0),  # slower for who replays nothing
+        ([(0.030, 0.015), (0.031, None)], 0),  # not timed there: it was far behind
+        ([(0.031, 0.015), (0.030, None)], 1),  # not known: the time back to back decides
         ([(0.031, 0.0151), (0.030, 0.0150), (0.033, 0.0150)], 1),  # alike on the device
         ([(0.030, None), (0.031, 0.013)], 0),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import statistics
@@ -25,9 +26,10 @@ _PATIENCE_S = 0.05  # for one that is built, before the budget is looked at agai
 
 # Below this time of one run the host may be what limits, and hide what the device takes.
 _HOST_MS = 0.1
-CLOSE = 1.1  # candidates this close are then told apart by their time on the device
-_DEVICE_RUNS = 10
+CLOSE = 1.5  # candidates this close are then told apart by their time on the device
+_DEVICE_PAIRS = 5
 _DEVICE_SAMPLES = 3
+_FLUSH_BYTES = 256 << 20  # no GPU's cache holds more
 _CYCLES_PER_MS = 3_000_000  # no GPU's clock is faster
 _LONG_MS = 10.0  # of such runs few are enough
 
@@ -74,7 +76,7 @@ class Contestant:
 
     @property
     def device_ms(self) -> float | None:
-        """The same without the host's share; None where that was not asked for."""
+        """That of the device alone, see `sample_device`; None where it was not asked for."""
         return self._median(self.device_samples_ms)
 
     def _median(self, samples_ms: list[float]) -> float | None:
@@ -85,8 +87,7 @@ class Contestant:
     def sample(self, runs: int) -> float:
         """Milliseconds of one of ``runs`` runs back to back."""
         assert self.run is not None
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
+        start, end = _events()
         start.record()
         for _ in range(runs):
             self.run()
@@ -94,11 +95,28 @@ class Contestant:
         end.synchronize()
         return float(start.elapsed_time(end)) / runs
 
-    def sample_device(self) -> float:
-        """The same on the device alone: it is held back until the host has queued all runs."""
-        hold_ms = 2 * _DEVICE_RUNS * (self.time_ms or 0.0)
+    def sample_device(self, flush: Callable[[], object]) -> float:
+        """The same on the device alone: half of the runs find nothing of theirs in its cache.
+
+        A call in a loop finds what fits there, one in a model what is left between two calls.
+        """
+        assert self.run is not None
+        pairs = [_events() for _ in range(_DEVICE_PAIRS)]
+        # The device is held back until the host has queued all runs.
+        hold_ms = 4 * _DEVICE_PAIRS * (self.time_ms or 0.0)
         torch.cuda._sleep(int(hold_ms * _CYCLES_PER_MS))
-        return self.sample(_DEVICE_RUNS)
+        for start, end in pairs:
+            flush()
+            start.record()
+            self.run()
+            self.run()
+            end.record()
+        pairs[-1][1].synchronize()
+        return statistics.median(float(start.elapsed_time(end)) / 2 for start, end in pairs)
+
+
+def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 def measure(
@@ -110,8 +128,9 @@ def measure(
     """Time the contestants, in rounds of shuffled order, until each has its samples.
 
     Runs lie back to back between two events, so that the host's share counts where it is what
-    limits; those that are close then get their time on the device too. A contestant that raises
-    one of ``errors`` keeps the error and leaves; after each round those leave that are far behind.
+    limits; there those that are close get their time on the device too, in and out of its cache.
+    A contestant that raises one of ``errors`` keeps the error and leaves; after each round those
+    leave that are far behind.
     When ``budget_s`` seconds are spent no further one is begun: those not reached stay without a
     time. Of long runs, those that were only built by then are not reached either. ``late`` is
     asked, when all have their times, for more to join the best. The current stream alone is waited
@@ -132,7 +151,8 @@ def measure(
         _begin(joined, lambda: False, errors)
         timed = _within(_DROP_FACTOR, [*timed, *joined])
         timed = _sample_in_rounds(timed, order, spent, errors)
-    _sample_device(_within(CLOSE, timed), order, errors)
+    if (_fastest_ms(timed) or 0.0) <= _HOST_MS:
+        _sample_device(_within(CLOSE, timed), order, errors)
 
 
 def _begin(contestants: Sequence[Contestant], spent: Callable[[], bool], errors: Errors) -> None:
@@ -234,18 +254,27 @@ def _sample_in_rounds(
             if number == 0:
                 contestant.samples_ms.clear()  # a single run says less than many back to back
             contestant.samples_ms.append(sample_ms)
-        timed = _within(_LEAVE_FACTOR, timed)
+        host_limits = (_fastest_ms(timed) or 0.0) <= _HOST_MS
+        timed = _within(CLOSE if host_limits else _LEAVE_FACTOR, timed)
     return timed
 
 
 def _sample_device(close: list[Contestant], order: random.Random, errors: Errors) -> None:
     """Time those that the host may make look alike, on the device alone."""
-    if len(close) < 2 or min(c.time_ms or 0.0 for c in close) > _HOST_MS:
-        return
+    flush = _flush(errors)
     for _ in range(_DEVICE_SAMPLES):
         for contestant in order.sample(close, len(close)):
-            if contestant.error is None:
-                try:
-                    contestant.device_samples_ms.append(contestant.sample_device())
-                except errors as error:
-                    contestant.fail(error)
+            try:
+                contestant.device_samples_ms.append(contestant.sample_device(flush))
+            except errors as error:
+                contestant.fail(error)
+        fastest = min((t for c in close if (t := c.device_ms) is not None), default=0.0)
+        close = [c for c in close if (c.device_ms or math.inf) <= _LEAVE_FACTOR * fastest]
+
+
+def _flush(errors: Errors) -> Callable[[], object]:
+    """What fills the device's cache with something else; without memory for it, nothing."""
+    try:
+        return torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_
+    except errors:
+        return lambda: None

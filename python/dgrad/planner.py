@@ -134,14 +134,13 @@ def _alike(candidates: list[Candidate], usable: list[int]) -> list[int]:
     """The fastest, and those that times do not tell from it.
 
     Where times were taken on the device too, these decide between those that are close with the
-    host's share: what a CUDA graph replays costs the device alone.
+    host's share: that share is much the same for all, and what a CUDA graph replays has none.
     """
-    by_device = {i: d for i in usable if (d := candidates[i].device_ms) is not None}
     times = {i: t for i in usable if (t := candidates[i].time_ms) is not None}
-    close = _within(CLOSE, times)
-    if len(close) > 1 and all(i in by_device for i in close):
-        fastest = _within(_NOISE, {i: by_device[i] for i in close})
-        return _within(_HOST_NOISE, {i: times[i] for i in fastest})
+    close = {i: d for i in _within(CLOSE, times) if (d := candidates[i].device_ms) is not None}
+    if all(i in close for i in _within(1.0, times)):
+        times = {i: times[i] for i in _within(_NOISE, close)}
+        return _within(_HOST_NOISE, times)
     return _within(_NOISE, times)
 
 

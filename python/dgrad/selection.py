@@ -66,7 +66,8 @@ class Candidate:
         deterministic: whether cuDNN promises the same bits at each run.
         workspace_bytes: scratch memory that it takes, in bytes.
         time_ms: measured time of one run of many back to back in milliseconds, or None.
-        device_ms: that time without the host's share; measured where the host may be what limits
+        device_ms: the device's share of it, the mean of a run that finds nothing of its tensors in
+            the device's cache and one that follows it; measured where the host may be what limits
             and the candidate is close to the best, else None.
         skipped: whether the budget was spent before its turn to be timed.
         rejected: why it cannot run at all, or None.
