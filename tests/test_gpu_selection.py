@@ -338,13 +338,16 @@ def test_a_second_process_measures_nothing_and_starts_at_once(own_store: Path) -
     for calls in (second["first"], second["again"]):
         assert set(calls["sources"]) == {"stored"}
     assert second["chosen"] == first["chosen"]
+    # Of up to three, as other processes take their share of the machine's time.
     speeds = [sum(process["later_ms"]) for process in (first, second)]
-    print(f"later calls of both processes: {speeds} ms")
-    assert speeds[1] < 1.1 * speeds[0]
+    while len(speeds) < 4 and min(speeds[1:]) >= 1.1 * speeds[0]:
+        speeds.append(sum(run()["later_ms"]))
+    print(f"later calls of the first process and of later ones: {speeds} ms")
+    assert min(speeds[1:]) < 1.1 * speeds[0]
 
     # The CUDA driver loads a kernel at its first launch. That is no cost of a stored selection,
     # so the largest is asked for without it, where dgrad reads the store and builds plans again:
-    # the least of three, as other processes take their share of the machine's time.
+    # the least of three here too.
     loading, loaded = second["first"]["extra_ms"], second["again"]["extra_ms"]
     for name, extra in (("with kernels to load", loading), ("with loaded kernels", loaded)):
         print(f"first calls over later ones, {name}: {extra} ms")  # pytest -rP shows it

@@ -17,7 +17,7 @@ from dgrad import measure as measuring
 from dgrad.measure import Contestant, measure
 
 ROUNDS = 5
-DEVICE_RUNS = 3 * 10  # of each that is timed on the device
+DEVICE_RUNS = 3 * 10  # of each short one that is timed on the device, at most
 
 
 class Failure(Exception):
@@ -222,7 +222,8 @@ def test_the_single_run_before_the_rounds_does_not_count(device: Device) -> None
 )
 def test_short_runs_are_timed_back_to_back(device: Device, time_ms: float, runs: int) -> None:
     time([device.contestant("a", time_ms), device.contestant("b", time_ms)])
-    on_device = DEVICE_RUNS if time_ms <= 0.1 else 0
+    pairs = round(1 / (2 * time_ms))
+    on_device = 0 if time_ms > 1 else min(DEVICE_RUNS, 3 * 2 * max(1, pairs))
     assert device.count("a") == 2 + ROUNDS * runs + on_device
     before = device.events.index("prepare b")
     order = [event for event in device.events[before + 3 :] if event != "hold"]
@@ -231,7 +232,7 @@ def test_short_runs_are_timed_back_to_back(device: Device, time_ms: float, runs:
 
 
 def test_one_alone_is_run_twice(device: Device) -> None:
-    assert time([device.contestant("a", 0.2)]) == [0.2]
+    assert time([device.contestant("a", 1.1)]) == [1.1]
     assert device.count("a") == 2
     assert time([]) == []
 
@@ -334,9 +335,21 @@ def test_without_memory_to_empty_the_cache_with_it_stays_as_it_is(device: Device
     assert contestant.error is None
 
 
-def test_where_the_device_limits_it_is_not_held_back(device: Device) -> None:
-    contestants = [device.contestant("a", 0.2), device.contestant("b", 0.2)]
-    assert time(contestants) == [0.2, 0.2]
+def test_where_the_cache_may_help_those_not_far_behind_are_timed_out_of_it(device: Device) -> None:
+    a = device.contestant("a", 0.20, cold_ms=0.08)
+    b = device.contestant("b", 0.21, cold_ms=0.02)
+    c = device.contestant("c", 0.26)
+    assert time([a, b, c]) == [0.20, 0.21, 0.26]
+    assert [each.device_ms for each in (a, b, c)] == [
+        pytest.approx(0.24),
+        pytest.approx(0.22),
+        None,
+    ]
+
+
+def test_long_runs_are_not_timed_on_the_device_alone(device: Device) -> None:
+    contestants = [device.contestant("a", 1.1), device.contestant("b", 1.1)]
+    assert time(contestants) == [1.1, 1.1]
     assert [each.device_ms for each in contestants] == [None, None]
     assert device.count("hold") == 0
 
@@ -356,18 +369,18 @@ def test_one_that_fails_on_the_device_leaves(device: Device) -> None:
 
 
 def test_late_ones_join_the_best_when_these_have_their_times(device: Device) -> None:
-    first = [device.contestant("a", 1.0), device.contestant("b", 1.5)]
+    first = [device.contestant("a", 10.0), device.contestant("b", 15.0)]
     known: list[float | None] = []
-    joined = device.contestant("c", 0.9)
+    joined = device.contestant("c", 9.0)
 
     def late() -> list[Contestant]:
         known.extend(each.time_ms for each in first)
         return [joined]
 
     measure(first, None, (Failure,), late)
-    assert known == [1.0, 1.5]
+    assert known == [10.0, 15.0]
     assert joined.reached
-    assert joined.time_ms == pytest.approx(0.9)
+    assert joined.time_ms == pytest.approx(9.0)
     assert rounds(joined) == ROUNDS
     after = device.events[device.events.index("prepare c") :]
     assert after.count("a") == ROUNDS, "they were not timed together"

@@ -27,6 +27,7 @@ _PATIENCE_S = 0.05  # for one that is built, before the budget is looked at agai
 # Below this time of one run the host may be what limits, and hide what the device takes.
 _HOST_MS = 0.1
 CLOSE = 1.5  # candidates this close are then told apart by their time on the device
+_CACHE_MS = 1.0  # and up to this time those that are not far behind: tensors may fit its cache
 _DEVICE_PAIRS = 5
 _DEVICE_SAMPLES = 3
 _FLUSH_BYTES = 256 << 20  # no GPU's cache holds more
@@ -101,9 +102,11 @@ class Contestant:
         A call in a loop finds what fits there, one in a model what is left between two calls.
         """
         assert self.run is not None
-        pairs = [_events() for _ in range(_DEVICE_PAIRS)]
+        time_ms = self.time_ms or 0.0
+        wanted = round(_SAMPLE_MS / max(2 * time_ms, 1e-3))
+        pairs = [_events() for _ in range(max(1, min(_DEVICE_PAIRS, wanted)))]
         # The device is held back until the host has queued all runs.
-        hold_ms = 4 * _DEVICE_PAIRS * (self.time_ms or 0.0)
+        hold_ms = 4 * len(pairs) * min(time_ms, _HOST_MS)
         torch.cuda._sleep(int(hold_ms * _CYCLES_PER_MS))
         for start, end in pairs:
             flush()
@@ -128,13 +131,12 @@ def measure(
     """Time the contestants, in rounds of shuffled order, until each has its samples.
 
     Runs lie back to back between two events, so that the host's share counts where it is what
-    limits; there those that are close get their time on the device too, in and out of its cache.
-    A contestant that raises one of ``errors`` keeps the error and leaves; after each round those
-    leave that are far behind.
-    When ``budget_s`` seconds are spent no further one is begun: those not reached stay without a
-    time. Of long runs, those that were only built by then are not reached either. ``late`` is
-    asked, when all have their times, for more to join the best. The current stream alone is waited
-    for.
+    limits. Of short runs those that are close get their time on the device too, in and out of its
+    cache. A contestant that raises one of ``errors`` keeps the error and leaves; after each round
+    those leave that are far behind. When ``budget_s`` seconds are spent no further one is begun:
+    those not reached stay without a time. Of long runs, those that were only built by then are not
+    reached either. ``late`` is asked, when all have their times, for more to join the best. The
+    current stream alone is waited for.
     """
     begin = time.perf_counter()
     # Its own generator: the program's random numbers stay as they are.
@@ -151,8 +153,8 @@ def measure(
         _begin(joined, lambda: False, errors)
         timed = _within(_DROP_FACTOR, [*timed, *joined])
         timed = _sample_in_rounds(timed, order, spent, errors)
-    if (_fastest_ms(timed) or 0.0) <= _HOST_MS:
-        _sample_device(_within(CLOSE, timed), order, errors)
+    if (_fastest_ms(timed) or 0.0) <= _CACHE_MS:
+        _sample_device(_within(_leave_factor(timed), timed), order, errors)
 
 
 def _begin(contestants: Sequence[Contestant], spent: Callable[[], bool], errors: Errors) -> None:
@@ -254,13 +256,16 @@ def _sample_in_rounds(
             if number == 0:
                 contestant.samples_ms.clear()  # a single run says less than many back to back
             contestant.samples_ms.append(sample_ms)
-        host_limits = (_fastest_ms(timed) or 0.0) <= _HOST_MS
-        timed = _within(CLOSE if host_limits else _LEAVE_FACTOR, timed)
+        timed = _within(_leave_factor(timed), timed)
     return timed
 
 
+def _leave_factor(timed: Sequence[Contestant]) -> float:
+    return CLOSE if (_fastest_ms(timed) or 0.0) <= _HOST_MS else _LEAVE_FACTOR
+
+
 def _sample_device(close: list[Contestant], order: random.Random, errors: Errors) -> None:
-    """Time those that the host may make look alike, on the device alone."""
+    """Time on the device alone those that the host, or the cache, may show in a wrong light."""
     flush = _flush(errors)
     for _ in range(_DEVICE_SAMPLES):
         for contestant in order.sample(close, len(close)):

@@ -67,8 +67,8 @@ class Candidate:
         workspace_bytes: scratch memory that it takes, in bytes.
         time_ms: measured time of one run of many back to back in milliseconds, or None.
         device_ms: the device's share of it, the mean of a run that finds nothing of its tensors in
-            the device's cache and one that follows it; measured where the host may be what limits
-            and the candidate is close to the best, else None.
+            the device's cache and one that follows it; measured up to 1 ms, where the host or the
+            cache may hide it, of those that are close to the best, else None.
         skipped: whether the budget was spent before its turn to be timed.
         rejected: why it cannot run at all, or None.
         out_of_memory: whether the reason is memory that could not be had.
