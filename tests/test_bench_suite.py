@@ -240,11 +240,26 @@ sys.exit(_bench_worker.main(sys.argv[1:]))
 """
 
 
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], str]:
+    """Makes a module of some code, and tells its name."""
+
+    def write(code: str) -> str:
+        (tmp_path / "stand_in.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        return "stand_in"
+
+    return write
+
+
 @pytest.mark.usefixtures("_one_thread")
 def test_one_that_fails_or_dies_costs_its_own_times_only(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Callable[..., str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    file: Callable[..., str],
+    module: Callable[[str], str],
 ) -> None:
-    monkeypatch.setattr(_process, "_COMMAND", (sys.executable, "-c", _UNRULY))
+    monkeypatch.setattr(contest, "_MODULE", module(_UNRULY))
     monkeypatch.setenv("FLAG", str(tmp_path / "flag"))
     found = cases(file(SMALL))
     with Contest(Settings(rounds=2, device="cpu")) as running:
@@ -264,7 +279,7 @@ def test_contestants_hold_a_case_together_and_are_sampled_in_alternating_order(
     class Process:
         running = True
 
-        def __init__(self, name: str, *_: str) -> None:
+        def __init__(self, module: str, name: str, *_: str, patience_s: float) -> None:
             self.name = name
 
         def start(self) -> None:
@@ -295,9 +310,10 @@ def test_contestants_hold_a_case_together_and_are_sampled_in_alternating_order(
     assert (times["eager_ms"], times["host_us"], times["calls"]) == (7.0, 5.0, 4)
 
 
-def test_a_process_that_does_not_start_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "raise SystemExit('no such GPU')"
-    monkeypatch.setattr(_process, "_COMMAND", (sys.executable, "-c", words))
+def test_a_process_that_does_not_start_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, module: Callable[[str], str]
+) -> None:
+    monkeypatch.setattr(contest, "_MODULE", module("raise SystemExit('no such GPU')"))
     with (
         pytest.raises(ContestError, match=r"torch: its process ended .* 1: no such GPU"),
         Contest(Settings()),
@@ -305,11 +321,8 @@ def test_a_process_that_does_not_start_ends_the_run(monkeypatch: pytest.MonkeyPa
         pass
 
 
-def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "import time; time.sleep(600)"
-    monkeypatch.setattr(_process, "_COMMAND", (sys.executable, "-c", words))
-    monkeypatch.setattr(_process, "_PATIENCE_S", 0.2)
-    hanging = _process.Process("dgrad", "cpu", "measure")
+def test_a_process_that_hangs_is_ended(module: Callable[[str], str]) -> None:
+    hanging = _process.Process(module("import time; time.sleep(600)"), patience_s=0.2)
     with pytest.raises(_process.Failure, match="did not answer within"):
         hanging.ask("describe")
     assert not hanging.running

@@ -127,11 +127,12 @@ def _recorded(fields: object, backward: bool, device: int) -> Iterator[_Call]:
 
 def _model(path: Path, backward: bool, device: int) -> _Call:
     from .bench._model_file import WorkerError
-    from .bench._worker import Request, _Contest
+    from .bench._worker import Contestant, Request
 
-    request = Request("dgrad", str(path), f"cuda:{device}", _SEED, None, full_size=True)
+    contestant = Contestant(Request("dgrad", str(path), f"cuda:{device}", _SEED, full_size=True))
     try:
-        model, inputs = _Contest(request, torch.device(request.device)).build(swap=True)
+        contestant.load()
+        model, inputs = contestant.build(swap=True)
     except WorkerError as error:
         raise FileError(f"{path}: {error}") from error
     return partial(warm_up, model, *inputs, backward=backward)

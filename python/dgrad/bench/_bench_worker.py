@@ -1,14 +1,8 @@
-"""One contestant of `bench` in a process of its own: `python -m dgrad.bench._bench_worker`.
-
-It takes one JSON object a line and answers each with one: what was asked for, or "error".
-"""
+"""One contestant of `bench` in a process of its own, see `_process.py`."""
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,11 +18,11 @@ from dgrad._layers import Layer
 from dgrad._watch import watching
 from dgrad.bench import environment
 from dgrad.bench._clock import Call, GraphClock, WallClock
+from dgrad.bench._process import Answer, serve
 from dgrad.bench.roofline import measure_ceilings, output_shape
 from dgrad.bench.suite import Case
 
 _SEED = 42
-Answer = dict[str, Any]
 
 
 class Contestant:
@@ -178,14 +172,8 @@ def _answer(contestant: Contestant, request: dict[str, Any]) -> Answer:
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
-    # Libraries may print: the answers have a pipe of their own.
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)
-        contestant = Contestant(*argv)
-        for line in iter(sys.stdin.readline, ""):
-            answers.write(json.dumps(_answer(contestant, json.loads(line))) + "\n")
-            answers.flush()
+    contestant = Contestant(*argv)
+    serve(partial(_answer, contestant))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The other end of `_bench_worker`: a process that is asked and answers, or fails in words."""
+"""A process that is asked and answers, or fails in words: both of its ends."""
 
 from __future__ import annotations
 
@@ -6,31 +6,49 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import IO, Any
 
-from dgrad.bench.compare import _end
-
-_COMMAND = (sys.executable, "-m", "dgrad.bench._bench_worker")
-_PATIENCE_S = 900.0  # for one answer: compiling and exhaustive selection take long
 _GOODBYE_S = 10.0
 
 
+Answer = dict[str, Any]
+
+
 class Failure(Exception):
-    """A contestant could not do what it was asked. The message says why."""
+    """A contestant could not do what it was asked. The message says why.
+
+    Attributes:
+        fault: what its answer says of whose fault it is, or None.
+    """
+
+    fault: str | None = None
 
 
 class Process:
     """A contestant's process, started when it is asked, and anew after it has ended.
 
     Args:
-        arguments: those of :class:`dgrad.bench._bench_worker.Contestant`.
+        module: what it runs; its `main` calls :func:`serve`.
+        arguments: of the command line.
+        last_lines: how many of its last words are told if it ends before it answers.
+        patience_s: seconds to wait for one answer; None waits for ever.
     """
 
-    def __init__(self, *arguments: str) -> None:
-        self._arguments = arguments
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        last_lines: int = 1,
+        patience_s: float | None = None,
+    ) -> None:
+        self._command = (sys.executable, "-m", module, *arguments)
+        self._last_lines = last_lines
+        self._patience_s = patience_s
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -44,14 +62,14 @@ class Process:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._words = tempfile.TemporaryFile()  # noqa: SIM115, closed by stop()
         self._process = subprocess.Popen(
-            [*_COMMAND, *self._arguments],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
             env=environment,
         )
 
-    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+    def ask(self, do: str, **fields: Any) -> Answer:
         """The answer to one request. Raises Failure with the worker's reason, or with its end."""
         self.start()
         assert self._process is not None
@@ -60,15 +78,17 @@ class Process:
         with contextlib.suppress(BrokenPipeError):
             requests.write(json.dumps({"do": do, **fields}).encode() + b"\n")
             requests.flush()
-            if not select.select([answers], [], [], _PATIENCE_S)[0]:
+            if not select.select([answers], [], [], self._patience_s)[0]:
                 self.stop(kindly=False)
-                raise Failure(f"its process did not answer within {_PATIENCE_S:.0f} seconds")
+                raise Failure(f"its process did not answer within {self._patience_s:.0f} seconds")
             line = answers.readline()
         if not line.endswith(b"\n"):
             raise Failure(self._obituary(self._process))
-        answer: dict[str, Any] = json.loads(line)
+        answer: Answer = json.loads(line)
         if "error" in answer:
-            raise Failure(answer["error"])
+            failure = Failure(answer["error"])
+            failure.fault = answer.get("fault")
+            raise failure
         return answer
 
     def _obituary(self, process: subprocess.Popen[bytes]) -> str:
@@ -77,7 +97,8 @@ class Process:
         self._words.seek(0)
         words = self._words.read().decode(errors="replace").split("\n")
         self.stop(kindly=False)
-        return ": ".join([f"its process {end}", *list(filter(str.strip, words))[-1:]])
+        lines = list(filter(str.strip, words))[-self._last_lines :]
+        return (": " if len(lines) == 1 else "\n").join([f"its process {end}", *lines])
 
     def stop(self, kindly: bool = True) -> None:
         """End the process; kindly, it may finish what it does."""
@@ -100,3 +121,28 @@ class Process:
         assert process.stdin is not None
         assert process.stdout is not None
         return process.stdin, process.stdout
+
+
+def serve(answer: Callable[[dict[str, Any]], Answer]) -> None:
+    """In the process: give each request of :meth:`Process.ask` to `answer`, until there is none.
+
+    What else runs there may read its standard input, which is empty, and print.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
+    with os.fdopen(os.dup(0)) as requests, os.fdopen(os.dup(1), "w") as answers:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        os.dup2(2, 1)
+        for line in iter(requests.readline, ""):
+            answers.write(json.dumps(answer(json.loads(line))) + "\n")
+            answers.flush()
+
+
+def _end(returncode: int) -> str:
+    if returncode >= 0:
+        return f"ended with exit code {returncode}"
+    try:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"was killed by signal {-returncode}"

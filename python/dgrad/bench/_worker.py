@@ -1,7 +1,4 @@
-"""One contestant of `compare` in a process of its own: `python -m dgrad.bench._worker IN OUT`.
-
-IN and OUT are JSON files, because the compared file may print whatever it likes.
-"""
+"""One contestant of `compare` in a process of its own, see `_process.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -22,69 +19,91 @@ import dgrad
 from dgrad.bench import environment
 from dgrad.bench._model_file import WorkerError, load, words_of
 from dgrad.bench._outputs import Verdict, gradient_differences, judge
+from dgrad.bench._process import Answer, serve
 from dgrad.bench._share import share
-from dgrad.bench.timing import measure
+from dgrad.bench.timing import Sampler
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a worker is asked. `setting` is "pytorch", "pytorch_benchmark" or "dgrad"; `benchmark`
-    is PyTorch's switch while it times, for whatever PyTorch runs."""
+    """What a worker is started for. `setting` is "pytorch", "pytorch_benchmark" or "dgrad"."""
 
     setting: str
     file: str | None
     device: str
     seed: int
-    budget_s: float | None
     full_size: bool
     selection: str | None = None
     training: bool = False
-    benchmark: bool = False
 
 
-def run(request: Request) -> dict[str, Any]:
-    """Time one setting; the dgrad setting also checks the outputs. Raises WorkerError."""
-    device = torch.device(request.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    contest = _Contest(request, device)
-    # after the file was imported, which may have set it
-    torch.backends.cudnn.benchmark = request.benchmark
-    if request.setting != "dgrad":
-        return contest.time(swap=False)
-    dgrad.set_flags(selection=request.selection)
-    messages = _collect_messages()
-    times = contest.time(swap=True)
-    torch.backends.cudnn.benchmark = False  # the outputs are held against PyTorch's default
-    verdict = contest.check()
-    finite = verdict.max_abs_diff is not None and math.isfinite(verdict.max_abs_diff)
-    return {
-        **times,
-        "layers": contest.layers,
-        "dtype": verdict.dtype,
-        "equal": verdict.equal,
-        "max_abs_diff": verdict.max_abs_diff if finite else None,
-        "tolerance": verdict.tolerance,
-        "differences": verdict.differences,
-        "float64_errors": None if verdict.equal or request.training else contest.float64_errors(),
-        "selected": list(dict.fromkeys(messages)),
-        "notes": contest.notes(),
-        "device_name": environment.device_name(device),
-        "versions": environment.versions(),
-    }
+class Contestant:
+    """Makes the same model and inputs again and again, with PyTorch's layers or with dgrad's.
 
+    Its methods raise WorkerError.
+    """
 
-class _Contest:
-    """Makes the same model and inputs again and again, with PyTorch's layers or with dgrad's."""
-
-    def __init__(self, request: Request, device: torch.device) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.device = device
-        self.module = load(request.file)
+        self.device = torch.device(request.device)
+        self.ours = request.setting == "dgrad"
+        self.messages: list[str] = []
         self.layers = 0
         self.reduced = False
+
+    def prepare(self, benchmark: bool) -> Answer:
+        """Make the model and warm it up under PyTorch's switch of that name."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.load()
+        # after the file was imported, which may have set it
+        torch.backends.cudnn.benchmark = benchmark
+        if self.ours:
+            dgrad.set_flags(selection=self.request.selection)
+            self.messages = _collect_messages()
+        self.model, self.inputs = self.build(swap=self.ours)
+        with torch.set_grad_enabled(self.request.training):
+            self.sampler = Sampler(lambda: self.work(self.model, self.inputs), self.device)
+        return {}
+
+    def load(self) -> None:
+        """Import the compared file; :meth:`build` needs it."""
+        self.module = load(self.request.file)
+
+    def sample(self, seconds: float) -> Answer:
+        """The times of a forward pass, or of a step."""
+        with torch.set_grad_enabled(self.request.training):
+            return {"samples_ms": self.sampler.sample(seconds)}
+
+    def finish(self) -> Answer:
+        """The "share" of forward in the layers; from dgrad also what :meth:`report` says."""
+        with torch.set_grad_enabled(self.request.training):
+            part = share(self.model, lambda: self.forward(self.model, self.inputs), self.device)
+        del self.sampler, self.model, self.inputs
+        return {"share": part} | (self.report() if self.ours else {})
+
+    def report(self) -> Answer:
+        """Whether the outputs are PyTorch's, what was selected, and where."""
+        torch.backends.cudnn.benchmark = False  # the outputs are held against PyTorch's default
+        verdict = self.check()
+        finite = verdict.max_abs_diff is not None and math.isfinite(verdict.max_abs_diff)
+        return {
+            "layers": self.layers,
+            "dtype": verdict.dtype,
+            "equal": verdict.equal,
+            "max_abs_diff": verdict.max_abs_diff if finite else None,
+            "tolerance": verdict.tolerance,
+            "differences": verdict.differences,
+            "float64_errors": None
+            if verdict.equal or self.request.training
+            else self.float64_errors(),
+            "selected": list(dict.fromkeys(self.messages)),
+            "notes": self.notes(),
+            "device_name": environment.device_name(self.device),
+            "versions": environment.versions(),
+        }
 
     def build(self, swap: bool) -> tuple[nn.Module, list[Any]]:
         """A fresh model and fresh inputs, drawn as KernelBench does: seed, then construct.
@@ -116,7 +135,7 @@ class _Contest:
         except torch.cuda.OutOfMemoryError as error:
             raise WorkerError(f"out of memory: {error}", "run") from error
         except Exception as error:
-            if self.request.setting == "dgrad":
+            if self.ours:
                 raise WorkerError(
                     f"Model.forward failed{words_of(error, self.module)}", "run"
                 ) from error
@@ -139,16 +158,9 @@ class _Contest:
             raise WorkerError(f"the backward pass failed: {error}", "run") from error
         return output
 
-    def time(self, swap: bool) -> dict[str, Any]:
-        """The "timing" of a forward pass, or a step, and the "share" of forward in the layers."""
-        model, inputs = self.build(swap)
-        work = self.step if self.request.training else self.forward
-        with torch.set_grad_enabled(self.request.training):
-            timing = measure(
-                lambda: work(model, inputs), self.device, budget_s=self.request.budget_s
-            )
-            part = share(model, lambda: self.forward(model, inputs), self.device)
-        return {"timing": timing.to_dict(), "share": part}
+    def work(self, model: nn.Module, inputs: list[Any]) -> object:
+        """What is timed, and whose outputs are compared."""
+        return (self.step if self.request.training else self.forward)(model, inputs)
 
     def check(self) -> Verdict:
         """Compare the first outputs of two fresh models, PyTorch at its defaults; in training also
@@ -157,9 +169,8 @@ class _Contest:
         gradients: list[dict[str, torch.Tensor]] = []
         for swap in (False, True):
             model, inputs = self.build(swap)
-            work = self.step if self.request.training else self.forward
             with torch.set_grad_enabled(self.request.training):
-                outputs.append(work(model, inputs))
+                outputs.append(self.work(model, inputs))
             parameters = model.named_parameters()
             gradients.append({name: p.grad for name, p in parameters if p.grad is not None})
             del model, inputs
@@ -298,14 +309,17 @@ def _collect_messages() -> list[str]:
     return messages
 
 
-def main(argv: list[str]) -> int:
-    request_path, result_path = argv
-    request = Request(**json.loads(Path(request_path).read_text()))
+def _answer(contestant: Contestant, request: dict[str, Any]) -> Answer:
+    do = getattr(contestant, request.pop("do"))
     try:
-        result = run(request)
+        answer: Answer = do(**request)
     except WorkerError as error:
-        result = {"error": str(error), "fault": error.fault}
-    Path(result_path).write_text(json.dumps(result))
+        answer = {"error": str(error), "fault": error.fault}
+    return answer
+
+
+def main(argv: list[str]) -> int:
+    serve(partial(_answer, Contestant(Request(**json.loads(argv[0])))))
     return 0
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import tempfile
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +11,13 @@ from typing import Any
 import torch
 
 import dgrad
+from dgrad.bench._process import Failure, Process
 from dgrad.bench._worker import Request
 from dgrad.bench.timing import Timing
 
 _SEED = 42
+_ROUNDS = 5
+_BUDGET_S = 1.0
 _TAIL_LINES = 15
 _WHO = {
     "pytorch": "PyTorch",
@@ -95,39 +94,80 @@ def compare(
 ) -> Comparison:
     """Compare on `device` (default: the GPU, else the CPU), each contestant in a fresh process.
 
-    `file` is in KernelBench's format; None means dgrad.bench.default_model. `budget_s` is the time
-    spent on timed runs of each contestant. On the CPU the batch is cut to 1 unless `full_size`.
+    All hold the model at once and are timed in turn. `file` is in KernelBench's format; None means
+    dgrad.bench.default_model. `budget_s` is the time spent on timed runs of each contestant
+    (default 1). On the CPU the batch is cut to 1 unless `full_size`.
     `selection` is dgrad's flag of that name. With `training` a step is timed, forward and backward
     of the sum of squares, and the gradients of all parameters are compared too. The rest of the
-    model with dgrad's layers has the setting with which PyTorch was faster.
+    model with dgrad's layers has the setting with which PyTorch was faster in the first round.
     Raises FileError for a wrong file or device, CompareError where a contestant failed or died.
     """
     where = _device(device)
     if file is not None and not Path(file).is_file():
         raise FileError(f"{file}: no such file")
-    results: dict[str, dict[str, Any]] = {}
-    timings: dict[str, Timing] = {}
-    for setting in _WHO:
-        benchmark = setting == "pytorch_benchmark" or (
-            setting == "dgrad"
-            and timings["pytorch_benchmark"].median_ms < timings["pytorch"].median_ms
-        )
-        request = Request(
-            setting, file, str(where), seed, budget_s, full_size, selection, training, benchmark
-        )
-        results[setting] = _run_worker(request)
-        timings[setting] = Timing(**results[setting].pop("timing"))
-    shares = {name: result.pop("share") for name, result in results.items()}
+    workers = {
+        name: _Worker(Request(name, file, str(where), seed, full_size, selection, training))
+        for name in _WHO
+    }
+    shares = {}
+    try:
+        samples = _samples(workers, _BUDGET_S if budget_s is None else budget_s)
+        for name, worker in workers.items():
+            result = worker.ask("finish")
+            shares[name] = result.pop("share")
+            worker.stop()  # what checks the outputs makes more models
+    finally:
+        for worker in workers.values():
+            worker.stop(kindly=False)
     return Comparison(
         file=file,
         training=training,
         device=str(where),
-        pytorch=timings["pytorch"],
-        pytorch_benchmark=timings["pytorch_benchmark"],
-        dgrad=timings["dgrad"],
         shares=shares,
-        **results["dgrad"],
+        pytorch=Timing.from_samples(samples["pytorch"]),
+        pytorch_benchmark=Timing.from_samples(samples["pytorch_benchmark"]),
+        dgrad=Timing.from_samples(samples["dgrad"]),
+        **result,
     )
+
+
+class _Worker(Process):
+    """A contestant, whose failures are those of the comparison."""
+
+    def __init__(self, request: Request) -> None:
+        words = json.dumps(asdict(request))
+        super().__init__("dgrad.bench._worker", words, last_lines=_TAIL_LINES)
+        self._who = f"{request.file or 'built-in model'}: {_WHO[request.setting]}"
+        self.start()  # all together: each takes seconds
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        try:
+            return super().ask(do, **fields)
+        except Failure as failure:
+            kind = FileError if failure.fault == "file" else CompareError
+            raise kind(f"{self._who}: {failure}") from failure
+
+
+def _samples(workers: dict[str, _Worker], budget_s: float) -> dict[str, list[float]]:
+    """Each one's times in milliseconds, taken in turn: what slows the machine hits all alike."""
+    *peers, ours = workers
+    samples: dict[str, list[float]] = {name: [] for name in workers}
+
+    def prepare(name: str, benchmark: bool) -> None:
+        workers[name].ask("prepare", benchmark=benchmark)
+        sample(name)
+
+    def sample(name: str) -> None:
+        samples[name] += workers[name].ask("sample", seconds=budget_s / _ROUNDS)["samples_ms"]
+
+    for name in peers:
+        prepare(name, name == "pytorch_benchmark")
+    faster = min(peers, key=lambda name: statistics.median(samples[name]))
+    prepare(ours, faster == "pytorch_benchmark")
+    for turn in range(1, _ROUNDS):
+        for name in list(workers)[:: -1 if turn % 2 else 1]:
+            sample(name)
+    return samples
 
 
 def _device(wanted: str | None) -> torch.device:
@@ -151,40 +191,3 @@ def _device(wanted: str | None) -> torch.device:
             "(--device cpu compares on the CPU)"
         )
     return torch.device("cuda", device.index or 0)
-
-
-def _run_worker(request: Request) -> dict[str, Any]:
-    who = f"{request.file or 'built-in model'}: {_WHO[request.setting]}"
-    with tempfile.TemporaryDirectory(prefix="dgrad-compare-") as folder:
-        question, answer = Path(folder, "request.json"), Path(folder, "result.json")
-        question.write_text(json.dumps(asdict(request)))
-        command = [sys.executable, "-m", "dgrad.bench._worker", str(question), str(answer)]
-        # the worker finds the same packages as this process, however it found them
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        process = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=environment,
-            text=True,
-            errors="replace",
-        )
-        if process.returncode != 0 or not answer.is_file():
-            tail = "\n".join(process.stderr.splitlines()[-_TAIL_LINES:])
-            raise CompareError(f"{who}: its process {_end(process.returncode)}\n{tail}".rstrip())
-        result: dict[str, Any] = json.loads(answer.read_text())
-    if "error" in result:
-        raise (FileError if result["fault"] == "file" else CompareError)(
-            f"{who}: {result['error']}"
-        )
-    return result
-
-
-def _end(returncode: int) -> str:
-    if returncode >= 0:
-        return f"ended with exit code {returncode}"
-    try:
-        return f"was killed by {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"was killed by signal {-returncode}"

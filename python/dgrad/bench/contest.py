@@ -20,6 +20,8 @@ from dgrad.bench.timing import Timing
 PEERS = ("torch", "torch-benchmark", "torch-compile")
 SELECTIONS = ("measure", "exhaustive", "heuristic")
 OURS = "dgrad"
+_MODULE = "dgrad.bench._bench_worker"
+_PATIENCE_S = 900.0  # for one answer: compiling and exhaustive selection take long
 _TIMES = ("device_ms", "eager_ms", "host_us")
 
 
@@ -60,7 +62,9 @@ class Contest:
         self.machine: dict[str, Any] = {}
 
     def _worker(self, name: str) -> Process:
-        return Process(name, self._settings.device, self._settings.selection)
+        settings = self._settings
+        arguments = name, settings.device, settings.selection
+        return Process(_MODULE, *arguments, patience_s=_PATIENCE_S)
 
     def __enter__(self) -> Contest:
         try:

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-_DEFAULT_BUDGET_S = 1.0
 _MAX_RUNS = 2000
 # A CPU run of a large layer takes seconds, and its first run already pays for all that is lazy.
 _WARM_UP_RUNS = {"cuda": 3, "cpu": 1}
 _WARM_UP_S = {"cuda": 0.2, "cpu": 0.05}
-_MIN_RUNS = {"cuda": 5, "cpu": 3}
+_LEAST_RUNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +42,32 @@ class Timing:
         return asdict(self)
 
 
-def measure(
-    call: Callable[[], object], device: torch.device, *, budget_s: float | None = None
-) -> Timing:
-    """Time `call` on `device` for about `budget_s` seconds (default 1) after a warm-up.
+class Sampler:
+    """Times a call on `device` as often as it is asked to; the first calls warm it up.
 
     On a GPU each run lies between two CUDA events on the current stream, and nothing waits between
     the runs; the time is the device's, plus what the host could not hide. On the CPU it is wall
-    time. Even past the budget there are at least 5 runs on a GPU, 3 on the CPU.
+    time.
 
     The caches are not flushed between runs: a problem that fits the GPU's L2 is timed warm, for
     each contestant alike.
     """
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    seconds = _DEFAULT_BUDGET_S if budget_s is None else budget_s
-    run_s = _warm_up(call, device, _WARM_UP_RUNS[kind], _WARM_UP_S[kind])
-    runs = max(_MIN_RUNS[kind], min(_MAX_RUNS, int(seconds / max(run_s, 1e-9))))
-    sample = _sample_cuda if kind == "cuda" else _sample_cpu
-    return Timing.from_samples(sample(call, device, runs))
+
+    def __init__(self, call: Callable[[], object], device: torch.device) -> None:
+        self._call, self._device = call, device
+        self._kind = "cuda" if device.type == "cuda" else "cpu"
+        self._run_s = _warm_up(call, device, _WARM_UP_RUNS[self._kind], _WARM_UP_S[self._kind])
+
+    def sample(self, seconds: float, least: int = 1) -> list[float]:
+        """Milliseconds of each run of about so many seconds; of `least` runs even past them."""
+        runs = max(least, min(_MAX_RUNS, int(seconds / max(self._run_s, 1e-9))))
+        sample = _sample_cuda if self._kind == "cuda" else _sample_cpu
+        return sample(self._call, self._device, runs)
+
+
+def measure(call: Callable[[], object], device: torch.device, *, budget_s: float) -> Timing:
+    """What a :class:`Sampler` says in about `budget_s` seconds; at least three runs."""
+    return Timing.from_samples(Sampler(call, device).sample(budget_s, _LEAST_RUNS))
 
 
 def _synchronize(device: torch.device) -> None:
