@@ -24,15 +24,21 @@ from dgrad.measure import CLOSE, measure
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store")]
 
-# Layers whose candidates differ clearly and layers whose candidates tie.
+# Layers whose candidates differ clearly and layers whose candidates tie, and of which kind.
 SUITE = [
-    ((8, 64, 128, 128), (64, 64, 3, 7), {}),
-    ((16, 32, 64, 128), (32, 64, 3, 3), {"stride": 5, "padding": 1, "dilation": 2}),
-    ((16, 32, 32, 64), (32, 16, 3, 5), {"stride": (2, 3), "padding": (1, 2), "groups": 4}),
-    ((8, 512, 32, 32), (512, 256, 2, 2), {"stride": 2}),
-    ((64, 256, 8, 8), (256, 128, 4, 4), {"stride": 2, "padding": 1}),
-    ((2, 64, 64, 64), (64, 1, 4, 4), {"stride": 2, "padding": 1, "groups": 64}),
-    ((1, 8, 4, 4), (8, 8, 3, 3), {"stride": 2, "padding": 1}),
+    ((8, 64, 128, 128), (64, 64, 3, 7), {}, {}),
+    ((16, 32, 64, 128), (32, 64, 3, 3), {"stride": 5, "padding": 1, "dilation": 2}, {}),
+    ((16, 32, 32, 64), (32, 16, 3, 5), {"stride": (2, 3), "padding": (1, 2), "groups": 4}, {}),
+    ((8, 512, 32, 32), (512, 256, 2, 2), {"stride": 2}, {"dtype": "bfloat16"}),
+    ((64, 256, 8, 8), (256, 128, 4, 4), {"stride": 2, "padding": 1}, {"backward": True}),
+    ((2, 64, 64, 64), (64, 1, 4, 4), {"stride": 2, "padding": 1, "groups": 64}, {}),
+    ((1, 8, 4, 4), (8, 8, 3, 3), {"stride": 2, "padding": 1}, {"bias": True}),
+    (
+        (16, 128, 32, 32),
+        (128, 64, 3, 3),
+        {"stride": 2, "padding": 1},
+        {"dtype": "float16", "layout": "channels_last", "bias": True},
+    ),
 ]
 
 
@@ -241,7 +247,7 @@ def test_a_layers_flags_hold_for_its_gradients_too() -> None:
 
 @pytest.mark.parametrize("selection", ["measure", "exhaustive"])
 def test_strict_float32_never_runs_tf32(selection: str) -> None:
-    for x_size, w_size, options in SUITE:
+    for x_size, w_size, options, _ in SUITE:
         x, w = tensors(x_size, w_size)
         with dgrad.flags(allow_tf32=False, selection=selection):
             y = dgrad.conv_transpose2d(x, w, **options)  # type: ignore[arg-type]
@@ -424,25 +430,38 @@ def test_of_processes_that_start_at_once_one_measures_each_problem(tmp_path: Pat
     assert len(dgrad.store.list()) == 4
 
 
-@pytest.mark.processes
-@pytest.mark.seconds(95)
-def test_twenty_fresh_processes_choose_alike(tmp_path: Path) -> None:
-    code = """
+# Chooses for all of SUITE and prints each problem, what is chosen, and the times that decide.
+CHOOSE = """
 import json, sys, torch, dgrad
-suite = json.loads(sys.argv[1])
-for x, w, options in suite:
-    for dtype in (torch.float32,):
-        torch.manual_seed(0)
-        dgrad.conv_transpose2d(torch.randn(x, device="cuda", dtype=dtype),
-                               torch.randn(w, device="cuda", dtype=dtype), **options)
-print(json.dumps([[str(s.problem), str(s.candidate),
-    {str(c): (c.time_ms, c.device_ms) for c, o in zip(s.candidates, s.objections) if o is None}]
-    for s, _ in dgrad.selections()]))
+for x, w, options, how in json.loads(sys.argv[1]):
+    torch.manual_seed(0)
+    dtype = getattr(torch, how.get("dtype", "float32"))
+    layout = getattr(torch, how.get("layout", "contiguous_format"))
+    x, w = (torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=layout)
+            .requires_grad_() for shape in (x, w))
+    out_channels = w.shape[1] * options.get("groups", 1)
+    b = torch.randn(out_channels, device="cuda", dtype=dtype) if how.get("bias") else None
+    y = dgrad.conv_transpose2d(x, w, b, **options)
+    if how.get("backward"):
+        y.sum().backward()
+found = []
+for s, _ in dgrad.selections():
+    usable = {str(c): c for c, o in zip(s.candidates, s.objections) if o is None}
+    on_device = s.candidate.device_ms is not None
+    times = {name: c.device_ms if on_device else c.time_ms for name, c in usable.items()}
+    found.append([str(s.problem), str(s.candidate), on_device,
+                  {name: time for name, time in times.items() if time is not None}])
+print(json.dumps(found))
 """
+
+
+@pytest.mark.processes
+@pytest.mark.seconds(130)
+def test_twenty_fresh_processes_choose_alike() -> None:
     runs = []
     for _ in range(20):
         done = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(SUITE)],
+            [sys.executable, "-c", CHOOSE, json.dumps(SUITE)],
             capture_output=True,
             text=True,
             timeout=300,
@@ -452,17 +471,20 @@ print(json.dumps([[str(s.problem), str(s.candidate),
         runs.append(json.loads(done.stdout))
     unlike = []
     for problem in zip(*runs, strict=True):
-        name, most = (
-            problem[0][0],
-            max({entry[1] for entry in problem}, key=[entry[1] for entry in problem].count),
-        )
-        for _, chosen, times in problem:
-            # By the time that decides: on the device, where the host may limit. Alone among the
-            # usable, a candidate is not timed.
-            by = 0 if times[chosen][1] is None else 1
-            timed = [both[by] for both in times.values() if both[by] is not None]
-            if chosen != most and times[chosen][by] > 1.03 * min(timed):
-                unlike.append((name, chosen, most, times))
+        # What a candidate takes is the median of all processes: one alone would judge itself.
+        samples: dict[tuple[bool, str], list[float]] = {}
+        for _, _, on_device, times in problem:
+            for name, each in times.items():
+                samples.setdefault((on_device, name), []).append(each)
+        known = {key: statistics.median(each) for key, each in samples.items() if len(each) > 5}
+        for name, chosen, on_device, times in problem:
+            best = min((t for (device, _), t in known.items() if device is on_device), default=None)
+            if best is None or chosen not in times:
+                continue  # a way of timing that few processes took, or one alone among the usable
+            takes = known.get((on_device, chosen), times[chosen])
+            if takes > 1.03 * best:
+                unlike.append((name, chosen, takes, best))
+    print(f"{len(unlike)} of {20 * len(runs[0])} choices are more than 3 % behind: {unlike}")
     assert not unlike
 
 
