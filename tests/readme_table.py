@@ -43,6 +43,26 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def models_table(record: dict[str, Any]) -> str:
+    """Whole models, forward and a training step, with the relative errors against float64."""
+    lines = [
+        "| model | | PyTorch, ms | PyTorch benchmark, ms | dgrad, ms | ratio "
+        "| error of PyTorch | of dgrad |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in record["cases"]:
+        for what, part in (("forward", case), ("step", case["training"])):
+            times = [part[which] for which in ("pytorch_ms", "pytorch_benchmark_ms", "dgrad_ms")]
+            errors = part["float64_errors"] or {}
+            cells = [f"{time:.3f}" for time in times] + [f"{part['ratio']:.2f}"]
+            unknown = "equal" if part["equal"] else "not known"
+            cells += [
+                f"{errors[who]:.1g}" if who in errors else unknown for who in ("pytorch", "dgrad")
+            ]
+            lines.append(f"| {case['problem']} | {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _row(name: str, case: dict[str, Any]) -> str:
     times = [case[which] for which in ("pytorch_ms", "pytorch_benchmark_ms", "dgrad_ms")]
     return (
@@ -93,6 +113,7 @@ def updated(readme: str) -> str:
     """The README's text with every marked part made again."""
     for kind, make in (
         ("table", table),
+        ("models", models_table),
         ("bench", bench_table),
         ("log", log_line),
         ("host", host_table),

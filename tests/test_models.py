@@ -34,12 +34,24 @@ _EXPECTED: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...], str | None]] 
     ),
     "pose": ([(64, 768, 16, 12)], (64, 17, 64, 48), None),
     "unet": ([(1, 3, 640, 959)], (1, 2, 640, 959), "unet_carvana"),
+    "unet_512": ([(8, 3, 512, 512)], (8, 2, 512, 512), None),
 }
-# of the model that the suite lacks
-_POSE = {
-    Layer((64, 768, 16, 12), 256, (4, 4), stride=(2, 2), padding=(1, 1)),
-    Layer((64, 256, 32, 24), 256, (4, 4), stride=(2, 2), padding=(1, 1)),
+# of the models that the suite lacks
+_LAYERS = {
+    "pose": {
+        Layer((64, 768, 16, 12), 256, (4, 4), stride=(2, 2), padding=(1, 1)),
+        Layer((64, 256, 32, 24), 256, (4, 4), stride=(2, 2), padding=(1, 1)),
+    },
+    "unet_512": {
+        Layer((8, 2 * c, size, size), c, (2, 2), stride=(2, 2), bias=True)
+        for c, size in ((512, 32), (256, 64), (128, 128), (64, 256))
+    },
 }
+
+
+@pytest.fixture(autouse=True)
+def _beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(_FOLDER)  # as for a script that imports its neighbour
 
 
 def _load(name: str) -> ModuleType:
@@ -79,7 +91,9 @@ def test_a_model_has_the_published_sizes(name: str) -> None:
 
     assert [tuple(x.shape) for x in inputs] == sizes
     assert tuple(output.shape) == output_size
-    assert found == ({c.layer for c in cases("layers", only=f"^{prefix}/")} if prefix else _POSE)
+    assert found == (
+        {c.layer for c in cases("layers", only=f"^{prefix}/")} if prefix else _LAYERS[name]
+    )
 
 
 @pytest.mark.parametrize("device", _DEVICES)

@@ -106,7 +106,9 @@ def _add_compare(commands: Commands) -> None:
         help="how dgrad chooses (default measure)",
     )
     parser.add_argument(
-        "--training", action="store_true", help="time forward and backward, and compare gradients"
+        "--training",
+        action="store_true",
+        help="time forward, backward and SGD's update, and compare gradients",
     )
     parser.add_argument("--full-size", action="store_true", help="do not cut the batch on the CPU")
 
@@ -156,7 +158,8 @@ def _print_comparison(c: Comparison) -> None:
     largest = "none" if c.max_abs_diff is None else f"{c.max_abs_diff:.3g}"
     limit = "" if c.tolerance is None else f", atol = rtol = {c.tolerance:g}"
     print(f"outputs equal: {'yes' if c.equal else 'NO'} (largest difference {largest}{limit})")
-    header = ["", "median ms", "quartiles ms", "min ms", "runs", "in these layers"]
+    share = "of forward in these layers" if c.training else "in these layers"
+    header = ["", "median ms", "quartiles ms", "min ms", "runs", share]
     rows = [
         (name, *_times(timing), f"{c.shares[setting]:.0%}")
         for name, timing, setting in (

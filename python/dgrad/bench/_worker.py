@@ -96,9 +96,7 @@ class Contestant:
             "max_abs_diff": verdict.max_abs_diff if finite else None,
             "tolerance": verdict.tolerance,
             "differences": verdict.differences,
-            "float64_errors": None
-            if verdict.equal or self.request.training
-            else self.float64_errors(),
+            "float64_errors": None if verdict.equal else self.float64_errors(),
             "selected": list(dict.fromkeys(self.messages)),
             "notes": self.notes(),
             "device_name": environment.device_name(self.device),
@@ -145,8 +143,10 @@ class Contestant:
             ) from error
 
     def step(self, model: nn.Module, inputs: list[Any]) -> object:
-        """Forward and backward, of the sum of squares of what comes out; the output."""
-        model.zero_grad()
+        """Forward, backward of the sum of squares of what comes out, SGD's update; the output."""
+        # At a rate of zero it costs the same, and the numbers stay what they are.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.zero_grad()
         output = self.forward(model, inputs)
         # Not the mean, whose gradients half types round to zero.
         squares = [t.float().square().sum() for t in _tensors(output) if t.requires_grad]
@@ -156,6 +156,7 @@ class Contestant:
             (torch.stack(squares).sum() / len(squares)).backward()
         except RuntimeError as error:  # out of memory too
             raise WorkerError(f"the backward pass failed: {error}", "run") from error
+        optimizer.step()
         return output
 
     def work(self, model: nn.Module, inputs: list[Any]) -> object:
@@ -165,47 +166,44 @@ class Contestant:
     def check(self) -> Verdict:
         """Compare the first outputs of two fresh models, PyTorch at its defaults; in training also
         the gradients of all parameters."""
-        outputs: list[object] = []
-        gradients: list[dict[str, torch.Tensor]] = []
-        for swap in (False, True):
-            model, inputs = self.build(swap)
-            with torch.set_grad_enabled(self.request.training):
-                outputs.append(self.work(model, inputs))
-            parameters = model.named_parameters()
-            gradients.append({name: p.grad for name, p in parameters if p.grad is not None})
-            del model, inputs
+        (output, gradients), (our_output, our_gradients) = (
+            self.once(swap) for swap in (False, True)
+        )
         try:
             with torch.no_grad():
-                verdict = judge(*outputs)
-                verdict.differences += gradient_differences(*gradients)
+                verdict = judge(output, our_output)
+                verdict.differences += gradient_differences(gradients, our_gradients)
                 return verdict
         except TypeError as error:
             raise WorkerError(str(error)) from error
 
+    def once(
+        self, swap: bool, dtype: torch.dtype | None = None
+    ) -> tuple[object, dict[str, torch.Tensor]]:
+        """The output of a fresh model, which may be cast; in training the gradients too."""
+        model, inputs = self.build(swap)
+        if dtype is not None:
+            model = model.to(dtype)
+            inputs = [x.to(dtype) if _is_floating(x) else x for x in inputs]
+            self._seed()
+        with torch.set_grad_enabled(self.request.training):
+            output = self.work(model, inputs)
+        parameters = model.named_parameters()
+        return output, {name: p.grad for name, p in parameters if p.grad is not None}
+
     def float64_errors(self) -> dict[str, float] | None:
-        """How far both are from the model in float64 (relative norm), to tell whose fault it is.
+        """How far both are from the model in float64, to tell whose fault it is: the relative norm
+        of the output's difference, or if that is larger, of that of all gradients.
 
         None for a model that does not run in float64, or whose output is not one tensor.
         """
-        outputs: list[object] = []
         try:
-            for swap, dtype in ((False, torch.float64), (False, None), (True, None)):
-                model, inputs = self.build(swap)
-                if dtype is not None:
-                    model = model.to(dtype)
-                    inputs = [x.to(dtype) if _is_floating(x) else x for x in inputs]
-                self._seed()
-                with torch.no_grad():
-                    outputs.append(self.forward(model, inputs))
-                del model, inputs
-            exact, *found = (output for output in outputs if isinstance(output, torch.Tensor))
-            if len(found) != 2:
-                return None
-            norm = float(torch.linalg.vector_norm(exact))
-            errors = [
-                float(torch.linalg.vector_norm(output.double() - exact)) / norm for output in found
-            ]
-        except (WorkerError, RuntimeError, ValueError, ZeroDivisionError):
+            exact, *found = (
+                self.once(swap, dtype)
+                for swap, dtype in ((False, torch.float64), (False, None), (True, None))
+            )
+            errors = [max(_errors(each, exact)) for each in found]
+        except (WorkerError, RuntimeError, TypeError, ValueError, ZeroDivisionError):
             return None
         if not all(map(math.isfinite, errors)):
             return None
@@ -288,6 +286,20 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors(part)
+
+
+def _errors(
+    found: tuple[object, dict[str, torch.Tensor]], exact: tuple[object, dict[str, torch.Tensor]]
+) -> Iterator[float]:
+    """The relative norms of the differences of the output, and of all gradients as one."""
+    for kind in ([found[0]], [exact[0]]), (found[1].values(), exact[1].values()):
+        pairs = list(zip(*kind, strict=True))
+        if not all(isinstance(tensor, torch.Tensor) for pair in pairs for tensor in pair):
+            raise TypeError("the output is not one tensor")
+        if pairs:
+            apart = [float(torch.linalg.vector_norm(a.double() - b)) for a, b in pairs]
+            norms = [float(torch.linalg.vector_norm(b)) for _, b in pairs]
+            yield math.hypot(*apart) / math.hypot(*norms)
 
 
 def _is_floating(value: Any) -> bool:

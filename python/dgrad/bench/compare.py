@@ -43,7 +43,8 @@ class Comparison:
     """The answer of one comparison: plain data.
 
     `max_abs_diff` is None where the outputs cannot be subtracted or the difference is not finite.
-    `float64_errors`, where the outputs differ, is how far "pytorch" and "dgrad" are from float64.
+    `float64_errors`, where the outputs or gradients differ, is how far "pytorch" and "dgrad" are
+    from float64.
     `shares` are the parts, from 0 to 1, of each contestant's time that pass in its transposed
     convolutions. `ratio` is the better of PyTorch's two medians divided by dgrad's: above 1 dgrad
     is faster.
@@ -96,10 +97,10 @@ def compare(
 
     All hold the model at once and are timed in turn. `file` is in KernelBench's format; None means
     dgrad.bench.default_model. `budget_s` is the time spent on timed runs of each contestant
-    (default 1). On the CPU the batch is cut to 1 unless `full_size`.
-    `selection` is dgrad's flag of that name. With `training` a step is timed, forward and backward
-    of the sum of squares, and the gradients of all parameters are compared too. The rest of the
-    model with dgrad's layers has the setting with which PyTorch was faster in the first round.
+    (default 1). On the CPU the batch is cut to 1 unless `full_size`. `selection` is dgrad's flag
+    of that name. With `training` a step is timed, forward, backward of the sum of squares and
+    SGD's update, and the gradients of all parameters are compared too. The rest of the model with
+    dgrad's layers has the setting with which PyTorch was faster in the first round.
     Raises FileError for a wrong file or device, CompareError where a contestant failed or died.
     """
     where = _device(device)
