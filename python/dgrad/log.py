@@ -79,14 +79,30 @@ def _write_json(selection: Selection, policy: Policy) -> None:
         return
     line = json.dumps(record(selection, policy), separators=(",", ":")) + "\n"
     try:
-        # One write to a file opened for appending: lines of several processes do not mix.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        _append(path, line.encode())
     except OSError as error:
         warn_once(path, "DGRAD_LOG_FILE %s cannot be written: %s", path, error)
+
+
+def _append(path: str, line: bytes) -> None:
+    # One write to a file opened for appending: lines of several processes do not mix.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        if _ends_inside_a_line(path, os.fstat(descriptor).st_size):
+            line = b"\n" + line
+        while line:  # a disk that is almost full takes a part, and then says what is wrong
+            line = line[os.write(descriptor, line) :]
+    finally:
+        os.close(descriptor)
+
+
+def _ends_inside_a_line(path: str, size_bytes: int) -> bool:
+    """Whether a record was cut off there, by this process or another; a pipe has no size."""
+    if size_bytes == 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(size_bytes - 1)
+        return file.read(1) != b"\n"
 
 
 def warn_once(about: str, message: str, *arguments: object) -> None:
