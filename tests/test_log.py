@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ import torch
 
 from dgrad import config, log
 from pretended import problem, selection
+
+INFO = "[dgrad] PyTorch's own conv_transpose2d runs: a reason\n"
+DEBUG = "[dgrad] rejected legacy:ALGO_1 (TENSOR_OP_MATH) for a problem: None\n"
+Tell = Callable[[str | None], tuple[str, int, int]]
 
 
 @pytest.fixture
@@ -86,3 +91,51 @@ def test_a_pipe_gets_whole_lines(file: Path) -> None:
         assert _sources(os.read(reader, 1 << 16).decode().splitlines()) == ["measured", "stored"]
     finally:
         os.close(reader)
+
+
+# --- DGRAD_LOG ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Tell]:
+    """What two records print under a value of the variable, and the level and handlers then."""
+    before = logging.getLogger("dgrad").handlers[:]
+
+    def tell(value: str | None) -> tuple[str, int, int]:
+        if value is None:
+            monkeypatch.delenv("DGRAD_LOG", raising=False)
+        else:
+            monkeypatch.setenv("DGRAD_LOG", value)
+        log.fallback.cache_clear()
+        log.fallback("a reason")
+        log.rejected("a problem", selection(problem()).candidate)
+        added = len(logging.getLogger("dgrad").handlers) - len(before)
+        return capsys.readouterr().err, logging.getLogger("dgrad").level, added
+
+    tell(None)
+    yield tell
+    tell(None)
+    assert logging.getLogger("dgrad").handlers == before
+
+
+def test_the_variable_may_change_at_any_time(tell: Tell) -> None:
+    for _ in range(2):
+        assert tell("info") == (INFO, logging.INFO, 1)
+        assert tell("debug") == (INFO + DEBUG, logging.DEBUG, 1)
+        assert tell("info") == (INFO, logging.INFO, 1)
+        assert tell(None) == ("", logging.NOTSET, 0)
+    assert tell("loud")[0].splitlines(True)[0].startswith("[dgrad] DGRAD_LOG is 'loud'")
+    assert tell("") == ("", logging.NOTSET, 0)
+
+
+def test_a_level_that_the_program_sets_meanwhile_stays(tell: Tell) -> None:
+    logger = logging.getLogger("dgrad")
+    try:
+        logger.setLevel(logging.ERROR)
+        assert tell("debug")[1] == logging.DEBUG
+        assert tell(None)[1] == logging.ERROR
+        tell("info")
+        logger.setLevel(logging.CRITICAL)
+        assert tell(None)[1] == logging.CRITICAL
+    finally:
+        logger.setLevel(logging.NOTSET)

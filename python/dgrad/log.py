@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from datetime import datetime, timezone
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -28,18 +29,34 @@ _warned: dict[str, object] = {}  # what has been warned of
 
 _LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
 
+_lock = threading.Lock()
+_followed = ""  # DGRAD_LOG as it was at the last record
+_handler: logging.Handler | None = None  # what it added to the logger
+_levels = (logging.NOTSET, logging.NOTSET)  # of the logger: before it, and what it made of it
+
 
 def _configure() -> None:
-    # At the first record and not at import, so that a program can still set the variable.
-    mine = object()
+    """Follow DGRAD_LOG, which a program may set, change and unset at any time."""
+    global _followed, _handler, _levels
     wanted = os.environ.get("DGRAD_LOG", "").strip().lower()
-    if not wanted or _warned.setdefault("DGRAD_LOG", mine) is not mine:
+    if wanted == _followed:
         return
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(_LEVELS.get(wanted, logging.INFO))
-    if wanted not in _LEVELS:
+    with _lock:
+        if wanted == _followed:  # another thread was first
+            return
+        if _handler is not None:
+            logger.removeHandler(_handler)
+            _handler = None
+            if logger.level == _levels[1]:  # the program has not set another one since
+                logger.setLevel(_levels[0])
+        if wanted:
+            _handler = logging.StreamHandler()
+            _handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
+            logger.addHandler(_handler)
+            _levels = (logger.level, _LEVELS.get(wanted, logging.INFO))
+            logger.setLevel(_levels[1])
+        _followed = wanted
+    if wanted and wanted not in _LEVELS:
         logger.warning("DGRAD_LOG is %r, expected info or debug; info is used", wanted)
 
 
