@@ -144,6 +144,23 @@ def not_measured(problem: object, error: Exception) -> None:
     logger.debug("not measured ahead: %s: %s: %s", problem, type(error).__name__, str(error))
 
 
+def without_gradients(call: str, output: str, found: bool) -> None:
+    """One WARNING for a call whose gradients were asked for, and which has none to take."""
+    if found:
+        why = (
+            "no tensor of its output requires one; let parameters or inputs require gradients, "
+            "return tensors with their graph"
+        )
+    else:
+        why = f"no tensor was found in its output, a {output}; let it return tensors"
+    warn_once(
+        f"gradients of {call}: {why}",
+        "the gradients of %s are not selected: %s, or pass backward=False",
+        call,
+        why,
+    )
+
+
 @lru_cache(maxsize=1024)
 def captured(problem: object) -> None:
     """One WARNING for a problem first met while a CUDA graph is captured."""
