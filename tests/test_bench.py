@@ -65,6 +65,21 @@ def test_nests_are_compared_part_by_part() -> None:
         judge(object(), object())
 
 
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        (torch.Tensor.to_sparse, r"\['y'\] is a tensor of layout torch.sparse_coo"),
+        (torch.Tensor.to_mkldnn, r"\['y'\] is a tensor of layout torch._mkldnn"),
+        (lambda y: torch.nested.as_nested_tensor([y], layout=torch.jagged), "a nested tensor"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_not_compared(turn: Any, words: str) -> None:
+    dense = torch.ones(2, 2)
+    for a, b in ((turn(dense), turn(dense)), (dense, turn(dense))):
+        with pytest.raises(TypeError, match=f"{words}: expected a dense tensor, a number, or"):
+            judge({"y": a}, {"y": b})
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_large_outputs_are_compared_in_pieces(
