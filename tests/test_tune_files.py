@@ -51,6 +51,8 @@ def test_tune_refuses_a_file_that_is_not_there_and_wrong_arguments(
 ) -> None:
     assert main(["tune", "nowhere.json"]) == 2
     assert "tune: nowhere.json: no such file" in capsys.readouterr().err
+    assert main(["tune", "."]) == 2
+    assert "tune: .: is a folder" in capsys.readouterr().err
     for wrong in (["--limit", "0"], ["--selection", "heuristic"], ["--no-such"]):
         with pytest.raises(SystemExit) as caught:
             main(["tune", file(LAYERS), *wrong])
