@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import dgrad
 from dgrad import _call, _layers, config
@@ -119,12 +120,39 @@ def test_a_recorded_problem_is_made_again_from_tensors(monkeypatch: pytest.Monke
         wanted = problem(**(changes | tf32))
         _layers.run_problem(wanted)
         assert made.pop() == wanted
-    # Tensors that begin at such an address are copied, so that no call makes this problem.
-    with pytest.raises(RuntimeError, match=r"another problem runs here.*\['alignment'\]"):
-        _layers.run_problem(problem(alignment=8))
     monkeypatch.setattr(config, "tf32_allowed", lambda flags: False)
     with pytest.raises(RuntimeError, match=r"another problem runs here.*\['tf32'\]"):
         _layers.run_problem(made_by_others)
+
+
+@pytest.mark.parametrize("direction", ["dgrad", "fprop", "wgrad"])
+def test_a_recorded_part_of_split_tensors_is_run_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    ran: list[tuple[Any, ...]] = []
+
+    class Runner:
+        def __init__(self, of: Any, policy: config.Policy) -> None:
+            self.problem = of
+
+        def run(self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None) -> None:
+            ran.append((self.problem, x, w, y, bias))
+
+    real = torch.randn
+    monkeypatch.setattr(_layers, "Runner", Runner)
+    monkeypatch.setattr(torch, "randn", lambda *sizes, dtype, device: real(*sizes, dtype=dtype))
+    bias = direction == "dgrad"
+    part = problem(direction=direction, alignment=8, layout="nhwc", bias=bias)
+    _layers.run_problem(part)
+    [(of, *tensors, added)] = ran
+    assert of == part
+    assert [list(t.shape) for t in tensors] == [part.x, part.w, part.y]
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+    assert [t.data_ptr() % 16 for t in tensors] == [8, 0, 8]
+    assert (added is not None) is bias
+    monkeypatch.setattr(config, "tf32_allowed", lambda flags=None: False)
+    with pytest.raises(RuntimeError, match=r"another problem runs here.*\['tf32'\]"):
+        _layers.run_problem(part)
 
 
 def test_tune_names_what_fails_and_goes_on(
