@@ -186,7 +186,7 @@ def _switches_as_before() -> Iterator[None]:
     tf32 = pytorch_tf32()
     algorithms = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    flags = dgrad_config._flags
+    flags = dgrad_config._base
     max_size = dgrad.plan_cache.max_size
     yield
     for name, value in before.items():
@@ -195,7 +195,7 @@ def _switches_as_before() -> Iterator[None]:
     if pytorch_tf32() != tf32:
         set_pytorch_tf32(tf32)
     torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
-    dgrad_config._flags = flags
+    dgrad_config._base = dgrad_config._flags = flags
     dgrad.plan_cache.max_size = max_size
 
 

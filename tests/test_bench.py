@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import dgrad
+from dgrad.bench import host
 from dgrad.bench._outputs import gradient_differences, judge
 from dgrad.bench._share import share
 from dgrad.bench.timing import Timing, measure
@@ -61,6 +65,21 @@ def test_nests_are_compared_part_by_part() -> None:
         judge(object(), object())
 
 
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        (torch.Tensor.to_sparse, r"\['y'\] is a tensor of layout torch.sparse_coo"),
+        (torch.Tensor.to_mkldnn, r"\['y'\] is a tensor of layout torch._mkldnn"),
+        (lambda y: torch.nested.as_nested_tensor([y], layout=torch.jagged), "a nested tensor"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_not_compared(turn: Any, words: str) -> None:
+    dense = torch.ones(2, 2)
+    for a, b in ((turn(dense), turn(dense)), (dense, turn(dense))):
+        with pytest.raises(TypeError, match=f"{words}: expected a dense tensor, a number, or"):
+            judge({"y": a}, {"y": b})
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_large_outputs_are_compared_in_pieces(
@@ -74,6 +93,26 @@ def test_large_outputs_are_compared_in_pieces(
         b[last] = 0.5
         assert judge(a, b).max_abs_diff == 0.5
         assert not judge(a, b).equal
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_the_hosts_times_are_printed_and_written_where_asked(
+    written: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    times = {"dgrad_us": 9.0, "pytorch_us": 10.0, "ratio": 0.9}
+    case = {"layer": "tiny", "bias": False, "call": "function", **times}
+    monkeypatch.setattr(host, "_cases", lambda: [case])
+    monkeypatch.setattr(dgrad, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    file = tmp_path / "host.json"
+    assert host.main(["--out", str(file)] if written else []) == 0
+    assert "dgrad    9.0 us, PyTorch   10.0 us, ratio 0.90" in capsys.readouterr().out
+    assert file.exists() is written
+    if written:
+        assert json.loads(file.read_text())["cases"] == [case]
 
 
 def test_a_timing_sums_its_samples_up() -> None:

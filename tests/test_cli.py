@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import dgrad
+from dgrad import cli
+from dgrad.bench import default_model
 from dgrad.cli import main
 
 _MODEL = """
@@ -171,6 +173,13 @@ def test_compare_without_a_file_prints_a_table(capsys: pytest.CaptureFixture[str
     assert "outputs equal: yes (largest difference 0, atol = rtol = 0.0001)" in out
     assert "PyTorch, benchmark on" in out
     assert "ratio (better PyTorch / dgrad): " in out
+    assert "the input is (1, 64, 128, 128) instead of (8, 64, 512, 512); --full-size" in out
+
+
+def test_compare_says_of_the_built_in_input_what_the_help_says() -> None:
+    assert [tuple(x.shape) for x in default_model.get_small_inputs()] == [default_model.SMALL_SIZE]
+    for size in (default_model.SMALL_SIZE, default_model.FULL_SIZE):
+        assert str(size) in cli._COMPARE_EPILOG
 
 
 def test_compare_says_that_outputs_differ(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +244,11 @@ def test_compare_keeps_the_batch_when_asked(write: Any, capsys: pytest.CaptureFi
         ([("return [torch.rand(4,", "return [1 / 0, torch.rand(4,")], 2, "get_inputs() failed"),
         ([("torch.rand(4, 2, 5, 6)", "torch.rand(4, 9, 5, 6)")], 2, "Model.forward failed"),
         ([("ConvTranspose2d(", "Conv2d(")], 2, "no torch.nn.ConvTranspose2d layer to swap"),
+        (
+            [('"y": self', '"y": y.to_sparse(), "z": self')],
+            2,
+            "output['y'] is a tensor of layout torch.sparse_coo",
+        ),
         ([("print(", "import os; os._exit(9); print(")], 3, "ended with exit code 9"),
     ],
 )
@@ -277,6 +291,7 @@ def test_compare_shows_the_last_words_of_a_worker_that_died(
     ("arguments", "words"),
     [
         (["no_such_file.py"], "no_such_file.py: no such file"),
+        (["."], ".: is a folder"),
         (["--device", "tpu"], "--device tpu"),
         (["--device", "meta"], "expected cpu, cuda or cuda:N"),
         (["--device", "cuda:99"], "GPU"),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ DEFAULTS = config.Flags()
 
 @pytest.fixture(autouse=True)
 def restored_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(config, "_base", DEFAULTS)
     monkeypatch.setattr(config, "_flags", DEFAULTS)
     deterministic = torch.backends.cudnn.deterministic
     algorithms = torch.are_deterministic_algorithms_enabled()
@@ -282,6 +284,63 @@ def test_a_block_restores_what_set_flags_changed_inside() -> None:
     with dgrad.flags(deterministic=True):
         dgrad.set_flags(workspace_limit=2)
     assert config.current() == config.Flags(workspace_limit=1)
+
+
+def test_a_block_that_ends_takes_back_its_own_settings_only() -> None:
+    dgrad.set_flags(workspace_limit=1)
+    first = dgrad.flags(deterministic=True, fallback="error")
+    second = dgrad.flags(selection="heuristic", fallback="pytorch")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    expected = config.Flags(selection="heuristic", workspace_limit=1, fallback="pytorch")
+    assert config.current() == expected
+    second.__exit__(None, None, None)
+    assert config.current() == config.Flags(workspace_limit=1)
+
+
+def test_blocks_of_two_threads_leave_nothing_behind() -> None:
+    inside, outside = threading.Event(), threading.Event()
+    found: list[config.Flags] = []
+
+    def other() -> None:
+        with dgrad.flags(selection="heuristic"):
+            inside.set()
+            assert outside.wait(10)
+            found.append(config.current())
+
+    thread = threading.Thread(target=other)
+    with dgrad.flags(deterministic=True):
+        thread.start()
+        assert inside.wait(10)
+    outside.set()
+    thread.join()
+    assert found == [config.Flags(selection="heuristic")]
+    assert config.current() == DEFAULTS
+
+
+def test_set_flags_outlives_the_block_of_another_thread() -> None:
+    thread = threading.Thread(target=dgrad.set_flags, kwargs={"workspace_limit": 2})
+    with dgrad.flags(deterministic=True):
+        thread.start()
+        thread.join()
+        assert config.current() == config.Flags(deterministic=True, workspace_limit=2)
+    assert config.current() == config.Flags(workspace_limit=2)
+
+
+def test_what_a_block_was_given_may_change_afterwards() -> None:
+    names = ["legacy:ALGO_1"]
+    with dgrad.flags(algorithm=names):
+        names.append("no provider")
+        with dgrad.flags(deterministic=True):
+            assert config.policy().wanted("dgrad") == ("legacy:ALGO_1",)
+
+
+def test_equal_flags_are_one_object_however_they_came_about() -> None:
+    with dgrad.flags(deterministic=True), dgrad.flags(workspace_limit=7):
+        first = config.current()
+    with dgrad.flags(deterministic=True, workspace_limit="7"):
+        assert config.current() is first
 
 
 def test_the_block_can_decorate_a_function_many_times() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import dgrad
 from dgrad import _call, _layers, config
@@ -51,6 +52,8 @@ def test_tune_refuses_a_file_that_is_not_there_and_wrong_arguments(
 ) -> None:
     assert main(["tune", "nowhere.json"]) == 2
     assert "tune: nowhere.json: no such file" in capsys.readouterr().err
+    assert main(["tune", "."]) == 2
+    assert "tune: .: is a folder" in capsys.readouterr().err
     for wrong in (["--limit", "0"], ["--selection", "heuristic"], ["--no-such"]):
         with pytest.raises(SystemExit) as caught:
             main(["tune", file(LAYERS), *wrong])
@@ -70,6 +73,23 @@ def test_tune_refuses_a_file_that_is_not_there_and_wrong_arguments(
 )
 def test_a_layer_is_taken_in_each_dtype_that_it_names(text: str, dtypes: list[torch.dtype]) -> None:
     assert [layer.dtype for layer in _layers.layers(LAYERS[0] | {"dtype": text})] == dtypes
+
+
+@pytest.mark.parametrize(
+    ("fields", "channels_last"),
+    [
+        ({}, False),
+        ({"layout": "nchw"}, False),
+        ({"layout": "contiguous"}, False),
+        ({"layout": "NHWC"}, True),
+        ({"layout": "channels_last"}, True),
+    ],
+)
+def test_a_layer_is_taken_in_the_layout_that_it_names(
+    fields: dict[str, str], channels_last: bool
+) -> None:
+    [layer] = _layers.layers(LAYERS[0] | fields)
+    assert layer.channels_last is channels_last
 
 
 def test_a_recorded_problem_is_made_again_from_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,12 +120,39 @@ def test_a_recorded_problem_is_made_again_from_tensors(monkeypatch: pytest.Monke
         wanted = problem(**(changes | tf32))
         _layers.run_problem(wanted)
         assert made.pop() == wanted
-    # Tensors that begin at such an address are copied, so that no call makes this problem.
-    with pytest.raises(RuntimeError, match=r"another problem runs here.*\['alignment'\]"):
-        _layers.run_problem(problem(alignment=8))
     monkeypatch.setattr(config, "tf32_allowed", lambda flags: False)
     with pytest.raises(RuntimeError, match=r"another problem runs here.*\['tf32'\]"):
         _layers.run_problem(made_by_others)
+
+
+@pytest.mark.parametrize("direction", ["dgrad", "fprop", "wgrad"])
+def test_a_recorded_part_of_split_tensors_is_run_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    ran: list[tuple[Any, ...]] = []
+
+    class Runner:
+        def __init__(self, of: Any, policy: config.Policy) -> None:
+            self.problem = of
+
+        def run(self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None) -> None:
+            ran.append((self.problem, x, w, y, bias))
+
+    real = torch.randn
+    monkeypatch.setattr(_layers, "Runner", Runner)
+    monkeypatch.setattr(torch, "randn", lambda *sizes, dtype, device: real(*sizes, dtype=dtype))
+    bias = direction == "dgrad"
+    part = problem(direction=direction, alignment=8, layout="nhwc", bias=bias)
+    _layers.run_problem(part)
+    [(of, *tensors, added)] = ran
+    assert of == part
+    assert [list(t.shape) for t in tensors] == [part.x, part.w, part.y]
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+    assert [t.data_ptr() % 16 for t in tensors] == [8, 0, 8]
+    assert (added is not None) is bias
+    monkeypatch.setattr(config, "tf32_allowed", lambda flags=None: False)
+    with pytest.raises(RuntimeError, match=r"another problem runs here.*\['tf32'\]"):
+        _layers.run_problem(part)
 
 
 def test_tune_names_what_fails_and_goes_on(
@@ -115,20 +162,24 @@ def test_tune_names_what_fails_and_goes_on(
     wrong: list[tuple[Any, str]] = [
         ({"name": "short", "N": 1}, "entry 1 (short): the layer lacks C_in, H, W, C_out, kernel"),
         (LAYERS[0] | {"dtype": "int8"}, "entry 2 (net/up1): dtype is 'int8', expected one of"),
-        (LAYERS[0] | {"kernel": "3x3"}, "entry 3 (net/up1): kernel is '3x3', expected an integer"),
-        (LAYERS[0] | {"N": 1.5}, "entry 4 (net/up1): N is 1.5, expected an integer"),
-        (LAYERS[0] | {"groups": 3}, "entry 5 (net/up1): out_channels is 8, expected a multiple"),
-        ("text", "entry 6: expected a layer or a record of a selection, not 'text'"),
-        ({"problem": {"x": 1}}, "entry 7: problem is not an object of direction, dtype"),
-        ({"problem": spoiled["problem"] | {"x": "big"}}, "entry 8: problem has a field of a wrong"),
-        ({"problem": spoiled["problem"] | {"groups": 5}}, "entry 9: groups is 5, expected"),
-        ({"problem": spoiled["problem"] | {"direction": None}}, "entry 10: problem has a field"),
-        ({"problem": spoiled["problem"] | {"bias": "yes"}}, "entry 11: problem has a field"),
+        (
+            LAYERS[0] | {"layout": "hwcn"},
+            "entry 3 (net/up1): layout is 'hwcn', expected one of nchw",
+        ),
+        (LAYERS[0] | {"kernel": "3x3"}, "entry 4 (net/up1): kernel is '3x3', expected an integer"),
+        (LAYERS[0] | {"N": 1.5}, "entry 5 (net/up1): N is 1.5, expected an integer"),
+        (LAYERS[0] | {"groups": 3}, "entry 6 (net/up1): out_channels is 8, expected a multiple"),
+        ("text", "entry 7: expected a layer or a record of a selection, not 'text'"),
+        ({"problem": {"x": 1}}, "entry 8: problem is not an object of direction, dtype"),
+        ({"problem": spoiled["problem"] | {"x": "big"}}, "entry 9: problem has a field of a wrong"),
+        ({"problem": spoiled["problem"] | {"groups": 5}}, "entry 10: groups is 5, expected"),
+        ({"problem": spoiled["problem"] | {"direction": None}}, "entry 11: problem has a field"),
+        ({"problem": spoiled["problem"] | {"bias": "yes"}}, "entry 12: problem has a field"),
         (
             {"problem": spoiled["problem"] | {"bias": True, "direction": "wgrad"}},
-            "entry 12: bias is true, expected false",
+            "entry 13: bias is true, expected false",
         ),
-        ({"problem": {k: v for k, v in spoiled["problem"].items() if k != "bias"}}, "entry 13: "),
+        ({"problem": {k: v for k, v in spoiled["problem"].items() if k != "bias"}}, "entry 14: "),
     ]
     path = file([*(entry for entry, _ in wrong), LAYERS[0]])
     assert main(["tune", path, "--json"]) == 1

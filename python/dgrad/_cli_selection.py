@@ -32,7 +32,8 @@ _TUNE_EPILOG = """\
 FILE is one of
   a log of selections (DGRAD_LOG_FILE): JSON lines, each with a problem
   a JSON list of layers: objects with N, C_in, H, W, C_out, kernel, and optionally name, stride,
-    padding, output_padding, dilation, groups, bias, dtype ("fp32"; "fp32/fp16" is both)
+    padding, output_padding, dilation, groups, bias, dtype ("fp32"; "fp32/fp16" is both) and
+    layout ("nchw" or "contiguous"; "nhwc" or "channels_last")
   a Python file as KernelBench has them (*.py): Model, get_inputs() and get_init_inputs()
 
 What the store has already costs nothing: repeat the command after an interruption.

@@ -34,6 +34,7 @@ DTYPES = {
     )
     for name in names
 }
+LAYOUTS = {"nchw": False, "contiguous": False, "nhwc": True, "channels_last": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,9 @@ def layers(entry: Mapping[str, Any]) -> list[Layer]:
     dtypes = dict.fromkeys(DTYPES[word] for word in words if word in DTYPES)
     if not dtypes:
         raise ValueError(f"dtype is {entry['dtype']!r}, expected one of {', '.join(DTYPES)}")
+    layout = str(entry.get("layout", "nchw")).lower()
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {entry['layout']!r}, expected one of {', '.join(LAYOUTS)}")
     pairs = ("kernel", "stride", "padding", "output_padding", "dilation")
     options: dict[str, Any] = {name: pair(entry[name], name) for name in pairs if name in entry}
     return [
@@ -108,6 +112,7 @@ def layers(entry: Mapping[str, Any]) -> list[Layer]:
             groups=integer(entry.get("groups", 1), "groups"),
             bias=bool(entry.get("bias", False)),
             dtype=dtype,
+            channels_last=LAYOUTS[layout],
             **options,
         )
         for dtype in dtypes

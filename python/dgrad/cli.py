@@ -22,7 +22,8 @@ Outputs are equal where shape and dtype are, and torch.allclose holds with atol 
 (1e-2 for half types) against PyTorch with its defaults. PyTorch, PyTorch with cudnn.benchmark on,
 and dgrad are each timed in a fresh process. The model is used as constructed, under no_grad; the
 last column is the part of its time that passes in its transposed convolutions.
-On the CPU the batch is cut to 1, and PyTorch's own operator runs in dgrad's layers.
+On the CPU PyTorch's own operator runs in dgrad's layers. There the batch of FILE's inputs is cut
+to 1, and without FILE the input is (1, 64, 128, 128); --full-size keeps them as they are.
 
 exit codes:
   0  the outputs are equal
@@ -110,7 +111,7 @@ def _add_compare(commands: Commands) -> None:
         action="store_true",
         help="time forward, backward and SGD's update, and compare gradients",
     )
-    parser.add_argument("--full-size", action="store_true", help="do not cut the batch on the CPU")
+    parser.add_argument("--full-size", action="store_true", help="keep the inputs' size on the CPU")
 
 
 def _seconds(text: str) -> float:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -15,15 +14,8 @@ from urllib.parse import quote, unquote
 
 import torch
 
-PROVIDERS = ("graph", "legacy")
-_DIRECTIONS = ("dgrad", "fprop", "wgrad")
-_UNITS = {"": 1, "B": 1} | {
-    f"{letter}{middle}B": base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for middle, base in (("i", 1024), ("", 1000))
-}
-
-Algorithms = tuple[tuple[str, tuple[str, ...]], ...]
+from ._flag_values import CHECKS, Algorithms
+from ._flag_values import PROVIDERS as PROVIDERS
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ class Flags:
     fallback: str | None = None
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
+        for name, check in CHECKS.items():
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, check(name, value))
@@ -111,75 +103,18 @@ class Policy(NamedTuple):
         return bool(wanted) and all(":" in name for name in wanted)
 
 
-def _one_of(*known: str) -> Any:
-    def check(name: str, value: object) -> str:
-        if value in known:
-            return str(value)
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+@dataclass(slots=True, eq=False)
+class _Block:
+    """A ``with`` block that is open: the thread that opened it, and what it has set."""
 
-    return check
-
-
-def _boolean(name: str, value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise TypeError(f"{name} is {value!r}, expected True, False or None")
+    thread: int
+    settings: dict[str, Any]
 
 
-def _seconds(name: str, value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
-        return float(value)
-    raise ValueError(f"{name} is {value!r}, expected a number of seconds of at least 0")
-
-
-def _bytes(name: str, value: object) -> int:
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        count = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else math.inf
-        if count < math.inf:
-            return int(count)
-    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise ValueError(
-        f"{name} is {value!r}, expected a number of bytes of at least 0 "
-        'or text such as "256MiB" or "1GB"'
-    )
-
-
-def _algorithms(name: str, value: Any) -> Algorithms:
-    if isinstance(value, tuple) and all(isinstance(item, tuple) for item in value):
-        value = dict(value)  # already in the kept form
-    by_direction = value if isinstance(value, Mapping) else {"dgrad": value}
-    checked = {}
-    for direction, wanted in by_direction.items():
-        names = (wanted,) if isinstance(wanted, str) else wanted
-        if (
-            direction not in _DIRECTIONS
-            or not isinstance(names, (tuple, list))
-            or not all(
-                isinstance(item, str) and (":" in item or item in PROVIDERS) for item in names
-            )
-        ):
-            raise ValueError(
-                f"{name} is {value!r}, expected 'provider:algorithm' such as 'legacy:ALGO_1', a "
-                f"provider ({' or '.join(PROVIDERS)}), a list of these, or a dict of them by "
-                f"direction ({', '.join(_DIRECTIONS)})"
-            )
-        checked[direction] = tuple(names)
-    return tuple(sorted(checked.items()))
-
-
-_CHECKS: dict[str, Any] = {
-    "selection": _one_of("heuristic", "measure", "exhaustive"),
-    "measure_budget": _seconds,
-    "algorithm": _algorithms,
-    "workspace_limit": _bytes,
-    "deterministic": _boolean,
-    "allow_tf32": _boolean,
-    "fallback": _one_of("pytorch", "error"),
-}
-
-_flags = Flags()
+_base = Flags()  # what set_flags has set
+_blocks: list[_Block] = []  # that are open; each lies over those before it
+_flags = _base  # all of these together: a call reads nothing else
+_lock = threading.RLock()
 
 
 def current() -> Flags:
@@ -188,33 +123,59 @@ def current() -> Flags:
 
 
 def set_flags(**changes: Any) -> None:
-    """Set flags for the whole process; see :class:`dgrad.Flags` for their names and values."""
-    global _flags
-    _flags = _changed(changes)
+    """Set flags for the whole process; see :class:`dgrad.Flags` for their names and values.
+
+    Inside a ``with`` block of :func:`flags` in the same thread they are set until the block ends.
+    """
+    global _base
+    settings = _checked(changes)
+    thread = threading.get_ident()
+    with _lock:
+        own = [block for block in _blocks if block.thread == thread]
+        if own:
+            own[-1].settings.update(settings)
+        else:
+            _base = replace(_base, **settings)
+        _combine()
 
 
 @contextmanager
 def flags(**changes: Any) -> Iterator[None]:
     """Set flags inside a ``with`` block, for the whole process as PyTorch's own switches do.
 
-    A backward pass reads the process's flags while it runs, not those of its forward pass. See
-    :class:`dgrad.Flags` for names, values and errors.
+    Blocks of several threads may overlap: the one that began last wins, and its end takes back
+    its own settings only. A backward pass reads the process's flags while it runs, not those of
+    its forward pass. See :class:`dgrad.Flags` for names, values and errors.
     """
-    global _flags
-    before = _flags
-    _flags = _changed(changes)
+    settings = _checked(changes)
+    block = _Block(threading.get_ident(), settings)
+    with _lock:
+        _blocks.append(block)
+        _combine()
     try:
         yield
     finally:
-        _flags = before
+        with _lock:
+            _blocks.remove(block)
+            _combine()
 
 
-def _changed(changes: Mapping[str, Any]) -> Flags:
+def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as they are kept."""
     known = [entry.name for entry in fields(Flags)]
     for name in changes:
         if name not in known:
             raise TypeError(f"unknown flag {name!r}, expected one of {', '.join(known)}")
-    return interned(replace(_flags, **changes))
+    checked = Flags(**changes)
+    return {name: getattr(checked, name) for name in changes}
+
+
+def _combine() -> None:
+    global _flags
+    settings: dict[str, Any] = {}
+    for block in _blocks:
+        settings |= block.settings
+    _flags = interned(replace(_base, **settings))
 
 
 @lru_cache(maxsize=256)

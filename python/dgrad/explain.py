@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from . import log
 from ._watch import Event, watching
 from .selection import Selection
 
@@ -85,12 +89,14 @@ def warm_up(
 ) -> Explanation:
     """Select all that ``call(*inputs)`` uses, before serving or capturing a CUDA graph.
 
-    Runs the call once, with gradients for its parameters and inputs that require them, and shows
-    progress on a terminal. Gradients, buffers and PyTorch's random numbers stay as they are, and
-    so do the inputs unless the call itself writes to them.
+    Runs the call once, with gradients for all parameters and inputs that require them, and shows
+    progress on a terminal. The output's tensors may be in containers and in attributes of objects;
+    a warning says where no gradient could be taken. A function that runs a backward pass itself is
+    left with that one. Gradients, buffers and PyTorch's random numbers stay as they are, and so do
+    the inputs, unless the call itself writes to them.
 
     Args:
-        call: a layer or a model.
+        call: a layer, a model, or a function around one.
         inputs, keywords: its arguments, of the shapes, types and layouts that will be used.
         backward: select for the gradients too. Default True.
     """
@@ -128,26 +134,86 @@ def _rehearse(
     call: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any], backward: bool
 ) -> None:
     with _undisturbed(call), torch.set_grad_enabled(backward):
-        output = call(*inputs, **keywords)
         if not backward:
+            call(*inputs, **keywords)
             return
-        outputs = [t for t in _tensors(output) if t.requires_grad]
-        sources = [t for t in _tensors((inputs, keywords)) if t.requires_grad and t.is_leaf]
+        passes = _backward_passes()
+        begin = torch._C._autograd._get_sequence_nr()
+        output = call(*inputs, **keywords)
+        if _backward_passes() > passes + 1 and not isinstance(call, torch.nn.Module):
+            return  # a step of training: it has taken its gradients, and its graph is gone
+        found = list(_tensors(output))
+        outputs = [t for t in found if t.requires_grad]
+        # The first two are in the third, but for what a call does in other threads.
+        sources: list[Any] = [t for t in _tensors((inputs, keywords)) if t.requires_grad]
         sources += [p for m in _modules(call) for p in m.parameters(False) if p.requires_grad]
-        sources = list({id(t): t for t in sources}.values())
+        sources += _ends(outputs, begin)
         if outputs and sources:
             gradients = [torch.ones_like(t) for t in outputs]
             torch.autograd.grad(outputs, sources, gradients, allow_unused=True)
+        else:
+            name = getattr(call, "__qualname__", type(call).__name__)
+            log.without_gradients(name, type(output).__name__, found=bool(found))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
+def _backward_passes() -> int:
+    """How many backward passes have begun in this process, with the one that asks."""
+    numbers: list[int] = []
+    with torch.inference_mode(False), torch.enable_grad():
+        source = torch.zeros((), requires_grad=True)
+        result = source.clone()
+        result.register_hook(lambda _: numbers.append(torch._C._current_graph_task_id()))
+        torch.autograd.grad(result, source)
+    return numbers[0]
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in containers and in attributes of objects, each once."""
+    seen: dict[int, object] = {}  # with what has the id, so that no other gets it
+    left = [value]
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen[id(part)] = part
+        if isinstance(part, Tensor):
+            yield part
+        else:
+            left += _parts(part)
+
+
+def _parts(value: object) -> Iterable[object]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return value
+    if isinstance(value, (type, ModuleType, torch.nn.Module)):
+        return ()  # no part of an output, and it leads far
+    parts = list(getattr(value, "__dict__", {}).values())
+    if is_dataclass(value):  # its fields may be slots
+        parts += [getattr(value, field.name, None) for field in fields(value)]
+    return parts
+
+
+def _ends(outputs: Iterable[Tensor], begin: int) -> list[GradientEdge]:
+    """Where the graph ends that a call has made: at leaves, and at nodes older than ``begin``.
+
+    A function does not tell its parameters, but this graph does. Older nodes are not its own:
+    running them would free what their owner's backward pass needs.
+    """
+    left = [t.grad_fn for t in outputs if t.grad_fn and t.grad_fn._sequence_nr() >= begin]
+    seen = set(left)
+    found: dict[GradientEdge, None] = {}
+    while left:
+        for node, place in left.pop().next_functions:
+            if node is None or node in seen:
+                continue
+            if node.next_functions and node._sequence_nr() >= begin:
+                seen.add(node)
+                left.append(node)
+            else:
+                found[GradientEdge(node, place)] = None
+    return list(found)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from datetime import datetime, timezone
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -28,18 +29,34 @@ _warned: dict[str, object] = {}  # what has been warned of
 
 _LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
 
+_lock = threading.Lock()
+_followed = ""  # DGRAD_LOG as it was at the last record
+_handler: logging.Handler | None = None  # what it added to the logger
+_levels = (logging.NOTSET, logging.NOTSET)  # of the logger: before it, and what it made of it
+
 
 def _configure() -> None:
-    # At the first record and not at import, so that a program can still set the variable.
-    mine = object()
+    """Follow DGRAD_LOG, which a program may set, change and unset at any time."""
+    global _followed, _handler, _levels
     wanted = os.environ.get("DGRAD_LOG", "").strip().lower()
-    if not wanted or _warned.setdefault("DGRAD_LOG", mine) is not mine:
+    if wanted == _followed:
         return
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(_LEVELS.get(wanted, logging.INFO))
-    if wanted not in _LEVELS:
+    with _lock:
+        if wanted == _followed:  # another thread was first
+            return
+        if _handler is not None:
+            logger.removeHandler(_handler)
+            _handler = None
+            if logger.level == _levels[1]:  # the program has not set another one since
+                logger.setLevel(_levels[0])
+        if wanted:
+            _handler = logging.StreamHandler()
+            _handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
+            logger.addHandler(_handler)
+            _levels = (logger.level, _LEVELS.get(wanted, logging.INFO))
+            logger.setLevel(_levels[1])
+        _followed = wanted
+    if wanted and wanted not in _LEVELS:
         logger.warning("DGRAD_LOG is %r, expected info or debug; info is used", wanted)
 
 
@@ -79,14 +96,30 @@ def _write_json(selection: Selection, policy: Policy) -> None:
         return
     line = json.dumps(record(selection, policy), separators=(",", ":")) + "\n"
     try:
-        # One write to a file opened for appending: lines of several processes do not mix.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        _append(path, line.encode())
     except OSError as error:
         warn_once(path, "DGRAD_LOG_FILE %s cannot be written: %s", path, error)
+
+
+def _append(path: str, line: bytes) -> None:
+    # One write to a file opened for appending: lines of several processes do not mix.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        if _ends_inside_a_line(path, os.fstat(descriptor).st_size):
+            line = b"\n" + line
+        while line:  # a disk that is almost full takes a part, and then says what is wrong
+            line = line[os.write(descriptor, line) :]
+    finally:
+        os.close(descriptor)
+
+
+def _ends_inside_a_line(path: str, size_bytes: int) -> bool:
+    """Whether a record was cut off there, by this process or another; a pipe has no size."""
+    if size_bytes == 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(size_bytes - 1)
+        return file.read(1) != b"\n"
 
 
 def warn_once(about: str, message: str, *arguments: object) -> None:
@@ -109,6 +142,23 @@ def not_measured(problem: object, error: Exception) -> None:
     _configure()
     # As text: see warn_once.
     logger.debug("not measured ahead: %s: %s: %s", problem, type(error).__name__, str(error))
+
+
+def without_gradients(call: str, output: str, found: bool) -> None:
+    """One WARNING for a call whose gradients were asked for, and which has none to take."""
+    if found:
+        why = (
+            "no tensor of its output requires one; let parameters or inputs require gradients, "
+            "return tensors with their graph"
+        )
+    else:
+        why = f"no tensor was found in its output, a {output}; let it return tensors"
+    warn_once(
+        f"gradients of {call}: {why}",
+        "the gradients of %s are not selected: %s, or pass backward=False",
+        call,
+        why,
+    )
 
 
 @lru_cache(maxsize=1024)

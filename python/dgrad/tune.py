@@ -52,7 +52,7 @@ def read(file: str) -> list[Entry]:
     """
     path = Path(file)
     if not path.is_file():
-        raise FileError(f"{file}: no such file")
+        raise FileError(f"{file}: {'is a folder' if path.is_dir() else 'no such file'}")
     if path.suffix == ".py":
         return [Entry(path.name, path)]
     try:

@@ -79,7 +79,7 @@ def _norm(tensor: torch.Tensor) -> float:
 def judge(reference: object, other: object) -> Verdict:
     """Compare tensors, numbers, and nests of them in tuples, lists, dicts and dataclasses.
 
-    Tensors are equal where shape and dtype are the same and
+    Dense tensors are equal where shape and dtype are the same and
     torch.allclose(reference, other, rtol, atol, equal_nan=True) holds.
     Raises TypeError for any other kind of output.
     """
@@ -90,6 +90,8 @@ def judge(reference: object, other: object) -> Verdict:
 
 def _judge(a: object, b: object, where: str, verdict: Verdict) -> None:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        for tensor in (a, b):
+            _expect_dense(tensor, where)
         _judge_tensors(a, b, where, verdict)
     elif type(a) is not type(b):
         verdict.differences.append(
@@ -117,10 +119,21 @@ def _parts(value: object, where: str) -> dict[str, object]:
         return {f"[{i}]": part for i, part in enumerate(value)}
     if dataclasses.is_dataclass(value):
         return {f".{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)}
-    raise TypeError(
-        f"{where} is a {type(value).__name__}: expected a tensor, a number, "
+    raise _unsupported(where, type(value).__name__)
+
+
+def _unsupported(where: str, kind: str) -> TypeError:
+    return TypeError(
+        f"{where} is a {kind}: expected a dense tensor, a number, "
         "or tuples, lists, dicts or dataclasses of them"
     )
+
+
+def _expect_dense(tensor: torch.Tensor, where: str) -> None:
+    if tensor.is_nested or tensor.is_quantized:
+        raise _unsupported(where, f"{'nested' if tensor.is_nested else 'quantized'} tensor")
+    if tensor.layout != torch.strided:
+        raise _unsupported(where, f"tensor of layout {tensor.layout}")
 
 
 def _judge_tensors(a: torch.Tensor, b: torch.Tensor, where: str, verdict: Verdict) -> None:

@@ -51,7 +51,7 @@ class Contestant:
         self.ours = request.setting == "dgrad"
         self.messages: list[str] = []
         self.layers = 0
-        self.reduced = False
+        self.reduced: str | None = None  # in words
 
     def prepare(self, benchmark: bool) -> Answer:
         """Make the model and warm it up under PyTorch's switch of that name."""
@@ -137,7 +137,7 @@ class Contestant:
                 raise WorkerError(
                     f"Model.forward failed{words_of(error, self.module)}", "run"
                 ) from error
-            hint = " (the batch was cut to 1; --full-size keeps it)" if self.reduced else ""
+            hint = f" ({self.reduced})" if self.reduced else ""
             raise WorkerError(
                 f"Model.forward failed{words_of(error, self.module)}{hint}"
             ) from error
@@ -213,9 +213,7 @@ class Contestant:
         if self.device.type != "cpu":
             return []
         notes = ["on the CPU PyTorch's own operator runs in dgrad's layers: expect a ratio near 1"]
-        if self.reduced:
-            notes.append("the inputs are cut to batch 1; --full-size keeps them")
-        return notes
+        return notes + ([self.reduced] if self.reduced else [])
 
     def _seed(self) -> None:
         random.seed(self.request.seed)
@@ -238,9 +236,10 @@ class Contestant:
             )
 
     def _inputs(self) -> Any:
-        small = self.request.file is None and self.device.type == "cpu"
-        if small and not self.request.full_size:
-            self.reduced = True
+        built_in = self.request.file is None
+        if built_in and self.device.type == "cpu" and not self.request.full_size:
+            small, full = self.module.SMALL_SIZE, self.module.FULL_SIZE
+            self.reduced = f"the input is {small} instead of {full}; --full-size keeps it"
             return self.module.get_small_inputs()
         return self.module.get_inputs()
 
@@ -250,7 +249,7 @@ class Contestant:
         batch = next((image.shape[0] for image in images), 1)
         if batch <= 1:
             return inputs
-        self.reduced = True
+        self.reduced = "the input is cut to batch 1; --full-size keeps it"
         return [
             x[:1].clone() if isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == batch else x
             for x in inputs

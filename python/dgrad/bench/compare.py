@@ -97,15 +97,16 @@ def compare(
 
     All hold the model at once and are timed in turn. `file` is in KernelBench's format; None means
     dgrad.bench.default_model. `budget_s` is the time spent on timed runs of each contestant
-    (default 1). On the CPU the batch is cut to 1 unless `full_size`. `selection` is dgrad's flag
-    of that name. With `training` a step is timed, forward, backward of the sum of squares and
-    SGD's update, and the gradients of all parameters are compared too. The rest of the model with
-    dgrad's layers has the setting with which PyTorch was faster in the first round.
+    (default 1). On the CPU the batch is cut to 1, and dgrad.bench.default_model has a smaller
+    image too, unless `full_size`. `selection` is dgrad's flag of that name. With `training` a step
+    is timed, forward, backward of the sum of squares and SGD's update, and the gradients of all
+    parameters are compared too. The rest of the model with dgrad's layers has the setting with
+    which PyTorch was faster in the first round.
     Raises FileError for a wrong file or device, CompareError where a contestant failed or died.
     """
     where = _device(device)
     if file is not None and not Path(file).is_file():
-        raise FileError(f"{file}: no such file")
+        raise FileError(f"{file}: {'is a folder' if Path(file).is_dir() else 'no such file'}")
     workers = {
         name: _Worker(Request(name, file, str(where), seed, full_size, selection, training))
         for name in _WHO

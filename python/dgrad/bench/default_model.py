@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 _IN_CHANNELS, _OUT_CHANNELS, _KERNEL_SIZE = 64, 64, (3, 7)
+FULL_SIZE = (8, _IN_CHANNELS, 512, 512)
+SMALL_SIZE = (1, _IN_CHANNELS, 128, 128)
 
 
 class Model(nn.Module):
@@ -20,12 +22,12 @@ class Model(nn.Module):
 
 def get_inputs() -> list[torch.Tensor]:
     """The input at full size, 512 MiB of float32."""
-    return [torch.rand(8, _IN_CHANNELS, 512, 512)]
+    return [torch.rand(FULL_SIZE)]
 
 
 def get_small_inputs() -> list[torch.Tensor]:
     """What takes milliseconds instead of seconds on a CPU."""
-    return [torch.rand(1, _IN_CHANNELS, 128, 128)]
+    return [torch.rand(SMALL_SIZE)]
 
 
 def get_init_inputs() -> list[object]:

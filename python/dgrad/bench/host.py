@@ -1,4 +1,4 @@
-"""What a call costs the host, against PyTorch's own: `python -m dgrad.bench.host --out FILE`.
+"""What a call costs the host, against PyTorch's own: `python -m dgrad.bench.host [--out FILE]`.
 
 Both run in one process, in alternating rounds. The problems are so small, or the rounds so short,
 that the GPU keeps up: what is timed is the time until the call returns. With several threads, each
@@ -143,17 +143,10 @@ def _cases() -> list[dict[str, Any]]:
     return cases
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Host time of a call against PyTorch's own.")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    arguments = parser.parse_args(argv)
-    if not dgrad.is_available():
-        print(f"host: dgrad cannot run here: {dgrad.unavailable_reason()}", file=sys.stderr)
-        return 3
-    cases = _cases()
+def _record(cases: list[dict[str, Any]]) -> dict[str, Any]:
     versions = environment.versions()
     versions.pop("cudnn_path")
-    record = {
+    return {
         "meta": {
             "command": "python -m dgrad.bench.host",
             "device": torch.cuda.get_device_name(),
@@ -162,13 +155,24 @@ def main(argv: list[str] | None = None) -> int:
         "cases": cases,
         "summary": {"max_ratio": max(case["ratio"] for case in cases)},
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Host time of a call against PyTorch's own.")
+    parser.add_argument("--out", type=Path, help="a JSON file to write too")
+    arguments = parser.parse_args(argv)
+    if not dgrad.is_available():
+        print(f"host: dgrad cannot run here: {dgrad.unavailable_reason()}", file=sys.stderr)
+        return 3
+    cases = _cases()
     for case in cases:
         print(
             f"{case['layer']:<16} {case['call']:<21} bias {case['bias']!s:<5} "
             f"dgrad {case['dgrad_us']:6.1f} us, PyTorch {case['pytorch_us']:6.1f} us, "
             f"ratio {case['ratio']:.2f}"
         )
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(_record(cases), indent=1) + "\n")
     return 0
 
 

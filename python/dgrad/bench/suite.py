@@ -82,7 +82,7 @@ def cases(
 
     Args:
         suite: "layers", "kernelbench", or a file: a JSON list or JSON lines of layers, as
-            ``python -m dgrad tune`` takes them. The dtype that an entry names is not used.
+            ``python -m dgrad tune`` takes them. The dtype and layout that one names are not used.
         dtypes, layouts, direction: see :class:`Case`.
         only: a regular expression; layers whose name does not match it anywhere are left out.
 

@@ -1,0 +1,141 @@
+"""The file of JSON lines stays one of lines, and the log follows its variable."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dgrad import config, log
+from pretended import problem, selection
+
+INFO = "[dgrad] PyTorch's own conv_transpose2d runs: a reason\n"
+DEBUG = "[dgrad] rejected legacy:ALGO_1 (TENSOR_OP_MATH) for a problem: None\n"
+Tell = Callable[[str | None], tuple[str, int, int]]
+
+
+@pytest.fixture
+def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    path = tmp_path / "selections.jsonl"
+    monkeypatch.setenv("DGRAD_LOG_FILE", str(path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA GPU {device}")
+    monkeypatch.setattr(log, "_warned", {})
+    return path
+
+
+def _select(source: str = "measured") -> None:
+    log.selected(selection(problem(), source), config.policy())
+
+
+def _sources(lines: list[str]) -> list[Any]:
+    return [json.loads(line)["source"] for line in lines]
+
+
+# --- the file -----------------------------------------------------------------------------------
+
+
+def test_the_file_is_for_its_user_alone(file: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        _select()
+    finally:
+        os.umask(before)
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_one_write_leaves_over_the_next_one_writes(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:100]))
+    _select("measured")
+    _select("stored")
+    assert _sources(file.read_text().splitlines()) == ["measured", "stored"]
+
+
+def test_a_record_after_one_that_was_cut_off_begins_on_a_new_line(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _select("measured")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 50, limits[1]))
+    try:
+        _select("heuristic")
+        _select("heuristic")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    _select("stored")
+    first, cut, *rest = file.read_text().splitlines()
+    assert 0 < len(cut) <= 50
+    assert _sources([first, *rest]) == ["measured", "stored"]
+    [warning] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    told = f"DGRAD_LOG_FILE {file} cannot be written: "
+    assert warning.getMessage().startswith(told)
+    assert os.strerror(errno.EFBIG) in warning.getMessage()
+
+
+def test_a_pipe_gets_whole_lines(file: Path) -> None:
+    os.mkfifo(file)
+    reader = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _select("measured")
+        _select("stored")
+        assert _sources(os.read(reader, 1 << 16).decode().splitlines()) == ["measured", "stored"]
+    finally:
+        os.close(reader)
+
+
+# --- DGRAD_LOG ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Tell]:
+    """What two records print under a value of the variable, and the level and handlers then."""
+    before = logging.getLogger("dgrad").handlers[:]
+
+    def tell(value: str | None) -> tuple[str, int, int]:
+        if value is None:
+            monkeypatch.delenv("DGRAD_LOG", raising=False)
+        else:
+            monkeypatch.setenv("DGRAD_LOG", value)
+        log.fallback.cache_clear()
+        log.fallback("a reason")
+        log.rejected("a problem", selection(problem()).candidate)
+        added = len(logging.getLogger("dgrad").handlers) - len(before)
+        return capsys.readouterr().err, logging.getLogger("dgrad").level, added
+
+    tell(None)
+    yield tell
+    tell(None)
+    assert logging.getLogger("dgrad").handlers == before
+
+
+def test_the_variable_may_change_at_any_time(tell: Tell) -> None:
+    for _ in range(2):
+        assert tell("info") == (INFO, logging.INFO, 1)
+        assert tell("debug") == (INFO + DEBUG, logging.DEBUG, 1)
+        assert tell("info") == (INFO, logging.INFO, 1)
+        assert tell(None) == ("", logging.NOTSET, 0)
+    assert tell("loud")[0].splitlines(True)[0].startswith("[dgrad] DGRAD_LOG is 'loud'")
+    assert tell("") == ("", logging.NOTSET, 0)
+
+
+def test_a_level_that_the_program_sets_meanwhile_stays(tell: Tell) -> None:
+    logger = logging.getLogger("dgrad")
+    try:
+        logger.setLevel(logging.ERROR)
+        assert tell("debug")[1] == logging.DEBUG
+        assert tell(None)[1] == logging.ERROR
+        tell("info")
+        logger.setLevel(logging.CRITICAL)
+        assert tell(None)[1] == logging.CRITICAL
+    finally:
+        logger.setLevel(logging.NOTSET)
