@@ -437,3 +437,14 @@ def test_mixed_dtypes_and_devices_raise_what_pytorch_raises() -> None:
             pytorch(x, wrong)
         with pytest.raises(RuntimeError, match="weight"):
             dgrad.conv_transpose2d(x, wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("stride", 2**31), ("stride", 2**40), ("dilation", 2**31)]
+)
+def test_a_number_over_32_bits_raises_what_pytorch_raises(name: str, value: int) -> None:
+    one = torch.ones(1, 1, 1, 1, device="cuda")
+    with pytest.raises(RuntimeError):
+        pytorch(one, one, **{name: value})
+    with pytest.raises(RuntimeError, match=f"{name} is .*{value}.*, expected at most {2**31 - 1}"):
+        dgrad.conv_transpose2d(one, one, **{name: value})

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from . import _fallback, _loader, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution, recipe, record
-from ._call import DTYPES, Call
+from ._call import DTYPES, Call, check_numbers
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
 from ._watch import profiling, watchers
 from .planner import plan_cache
@@ -235,6 +235,7 @@ def _prepare(
     reason = _unsuitable(input, weight, bias)
     if reason is not None:
         return _Prepared(None, reason, geometry, size, (0, 0))
+    check_numbers(geometry)
     appended = appended_rows(output_padding, geometry.stride)
     with torch.no_grad():
         call = Call("dgrad", *enter(input, weight, appended), geometry, size, flags, bias)
