@@ -220,6 +220,25 @@ def test_an_output_over_64_bits_is_refused() -> None:
     assert_a_good_call_works()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("device", "others"), [("cpu", "cpu"), ("meta", "meta"), ("meta", "cpu")])
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_a_sparse_tensor_raises_pytorchs_class(
+    name: str, device: str, others: str, stride: int, dtype: torch.dtype
+) -> None:
+    tensors = {"input": X.to(dtype), "weight": W.to(dtype), "bias": BIAS.to(dtype)}
+    tensors[name] = tensors[name].to_sparse()
+    for each, on in (("input", device), ("weight", others), ("bias", others)):
+        tensors[each] = tensors[each].to(on)
+    expected = raised(F.conv_transpose2d, **tensors, stride=stride)
+    found = raised(dgrad.conv_transpose2d, **tensors, stride=stride)
+    assert expected is not None
+    assert isinstance(found, type(expected)), f"{found!r} in place of {expected!r}"
+    assert f"{name} has layout torch.sparse_coo, expected a dense tensor" in str(found)
+    assert_a_good_call_works()
+
+
 # On the CPU and the meta device PyTorch lets these pass; on a CUDA device it refuses them, and
 # dgrad does so everywhere.
 MIXED: dict[str, tuple[Any, list[str]]] = {

@@ -448,3 +448,16 @@ def test_a_number_over_32_bits_raises_what_pytorch_raises(name: str, value: int)
         pytorch(one, one, **{name: value})
     with pytest.raises(RuntimeError, match=f"{name} is .*{value}.*, expected at most {2**31 - 1}"):
         dgrad.conv_transpose2d(one, one, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_a_sparse_tensor_raises_what_pytorch_raises(name: str) -> None:
+    given = arguments(Case(stride=(2, 2)))
+    assert given.bias is not None
+    tensors = {"input": given.input, "weight": given.weight, "bias": given.bias}
+    tensors = {each: tensor.detach() for each, tensor in tensors.items()}
+    tensors[name] = tensors[name].to_sparse()
+    with pytest.raises(RuntimeError) as theirs:
+        pytorch(**tensors)
+    with pytest.raises(type(theirs.value), match=f"{name} has layout torch.sparse_coo"):
+        dgrad.conv_transpose2d(**tensors)
