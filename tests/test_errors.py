@@ -220,6 +220,20 @@ def test_an_output_over_64_bits_is_refused() -> None:
     assert_a_good_call_works()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_a_nested_tensor_raises_pytorchs_class(name: str) -> None:
+    tensors = {"input": X, "weight": W, "bias": BIAS}
+    tensors[name] = torch.nested.nested_tensor(list(tensors[name][None]))
+    expected = raised(F.conv_transpose2d, **tensors)
+    assert expected is not None
+    for _ in range(2):
+        found = raised(dgrad.conv_transpose2d, **tensors)
+        assert isinstance(found, type(expected)), f"{found!r} in place of {expected!r}"
+        assert f"{name} is a nested tensor, expected a dense tensor" in str(found)
+    assert_a_good_call_works()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("device", "others"), [("cpu", "cpu"), ("meta", "meta"), ("meta", "cpu")])
