@@ -136,6 +136,13 @@ NUMBERS: dict[str, tuple[Any, list[str]]] = {
         ("groups", "1", "'1'", "expected an integer"),
         ("groups", (1,), "(1,)", "expected an integer"),
         ("groups", None, "None", "expected an integer"),
+        *(
+            (name, torch.tensor(value), repr(torch.tensor(value)), "expected an integer")
+            for name in ("stride", "padding", "output_padding", "dilation", "groups")
+            for value in ([2, 2], 2.0, [], 1j)
+        ),
+        ("stride", (1, torch.tensor([2, 2])), "tensor([2, 2])", "expected an integer, not Tensor"),
+        ("stride", (torch.tensor(1.0), 1), "tensor(1.)", "expected an integer, not Tensor"),
     )
 }
 NUMBERS["output_padding=2 with stride=2"] = (
@@ -162,6 +169,18 @@ def test_a_bad_argument_raises_pytorchs_class_and_says_what_is_wrong(
         assert isinstance(found, type(expected)), f"{found!r} in place of {expected!r}"
         for word in words:
             assert word in str(found)
+    assert_a_good_call_works()
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "output_padding", "dilation", "groups"])
+@pytest.mark.parametrize("value", [[2, 2], [1], 2.0])
+def test_an_array_of_another_library_is_named(name: str, value: Any) -> None:
+    array = pytest.importorskip("numpy").array(value)
+    expected = raised(F.conv_transpose2d, X, W, **{name: array})
+    found = raised(dgrad.conv_transpose2d, X, W, **{name: array})
+    assert expected is not None
+    assert isinstance(found, type(expected)), f"{found!r} in place of {expected!r}"
+    assert str(found) == f"{name} is {array!r}, expected an integer, not ndarray"
     assert_a_good_call_works()
 
 
