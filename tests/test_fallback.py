@@ -121,6 +121,30 @@ def test_the_flag_forbids_it() -> None:
     assert torch.equal(dgrad.conv_transpose2d(X, W), F.conv_transpose2d(X, W))
 
 
+@pytest.mark.parametrize("by_operator", [False, True])
+def test_an_empty_batch_is_nothing_to_forbid(
+    by_operator: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(_loader, "unavailable_reason", lambda: None)
+    run = torch.ops.dgrad.conv_transpose2d if by_operator else dgrad.conv_transpose2d
+    with dgrad.flags(fallback="error"), caplog.at_level(logging.INFO, logger="dgrad"):
+        for _ in range(2):
+            leaves = [t.clone().requires_grad_() for t in (X[:0], W, BIAS)]
+            output = run(*leaves, (2, 2))
+            wanted = F.conv_transpose2d(*leaves, 2)
+            assert output.shape == (0, 2, 7, 7)
+            assert output.stride() == wanted.stride()
+            gradients, others = (
+                torch.autograd.grad(result.sum(), leaves) for result in (output, wanted)
+            )
+            for leaf, gradient, other in zip(leaves, gradients, others, strict=True):
+                assert gradient.shape == leaf.shape
+                assert not gradient.any()
+                assert gradient.stride() == other.stride()
+    assert not caplog.messages
+
+
 def test_bad_arguments_are_told_before_the_fallback_is_refused() -> None:
     with dgrad.flags(fallback="error"), pytest.raises(RuntimeError, match="stride is") as caught:
         dgrad.conv_transpose2d(X, W, stride=0)

@@ -141,6 +141,7 @@ def _conv_transpose2d(
         reason = "forward-mode AD or torch.func is at work"
     if reason is not None:
         _fallback.announce(config.from_text(flags), reason)
+    if reason is not None or input.numel() == 0:
         return F.conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
