@@ -170,6 +170,21 @@ def test_each_part_of_a_large_batch_gets_the_bias(
     assert all(used is given_bias for *_, used in runners.given)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parts_of_a_weights_gradient_are_summed_in_float32(
+    runners: type[ByPyTorch], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    digits = torch.finfo(dtype).eps ** -1
+    # Summed in the half type, each of the ones would be lost.
+    x = torch.tensor([2 * digits, 1, 1, 1, 1], dtype=dtype).view(-1, 1, 1, 1)
+    monkeypatch.setattr(_call, "MAX_ELEMENTS", 1)
+    call = Call("wgrad", x, torch.ones_like(x), Geometry((0, 0), (1, 1), (1, 1), 1), (1, 1))
+    found = call(x, torch.ones_like(x))
+    assert len(runners.given) == 5
+    assert found.dtype is dtype
+    assert found.item() == 2 * digits + 4
+
+
 def test_parts_know_the_alignment_that_they_begin_at(
     runners: type[ByPyTorch], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,9 @@ class Call:
     """Runs one direction for tensors of one shape, stride and type, on one thread.
 
     Tensors with more than 2^31 - 1 elements are split along the batch: exactly for dgrad and
-    fprop; for wgrad the parts are summed in float32 (float64 for float64).
+    fprop; for wgrad the parts are summed in float32 (float64 for float64). Before that each part is
+    rounded to the type of its inputs, the only one that cudnnConvolutionBackwardFilter writes: of
+    float16 a part can overflow where the sum would not.
     """
 
     __slots__ = (
