@@ -83,6 +83,17 @@ function(_cudnn_read_version out include_dir)
   set(${out} "${version}" PARENT_SCOPE)
 endfunction()
 
+# Why a cuDNN of this version does not serve, or nothing.
+function(_cudnn_object_to_version out version)
+  set(words "")
+  if(CUDNN_FIND_VERSION AND version VERSION_LESS CUDNN_FIND_VERSION)
+    set(words "version \"${version}\" is older than ${CUDNN_FIND_VERSION}")
+  elseif(NOT version MATCHES "^9\\.")
+    set(words "version \"${version}\", and dgrad needs libcudnn.so.9")
+  endif()
+  set(${out} "${words}" PARENT_SCOPE)
+endfunction()
+
 # --- the places -----------------------------------------------------------------------------------
 if(NOT Python_EXECUTABLE)
   find_package(Python QUIET COMPONENTS Interpreter)
@@ -116,13 +127,13 @@ if(NOT (CUDNN_LIBRARY AND CUDNN_INCLUDE_DIR))
     _cudnn_look_for_library(_cudnn_library ${_cudnn_where}
                             PATH_SUFFIXES lib lib64 "lib/${CMAKE_LIBRARY_ARCHITECTURE}")
     _cudnn_read_version(_cudnn_version "${_cudnn_header_dir}")
+    _cudnn_object_to_version(_cudnn_objection "${_cudnn_version}")
     if(NOT _cudnn_header_dir)
       string(APPEND _cudnn_looked "\n  ${_cudnn_place}: no cudnn.h")
     elseif(NOT _cudnn_library)
       string(APPEND _cudnn_looked "\n  ${_cudnn_place}: cudnn.h, but no libcudnn.so.9")
-    elseif(CUDNN_FIND_VERSION AND _cudnn_version VERSION_LESS CUDNN_FIND_VERSION)
-      string(APPEND _cudnn_looked
-             "\n  ${_cudnn_place}: version \"${_cudnn_version}\" is older than ${CUDNN_FIND_VERSION}")
+    elseif(_cudnn_objection)
+      string(APPEND _cudnn_looked "\n  ${_cudnn_place}: ${_cudnn_objection}")
     else()
       set(CUDNN_INCLUDE_DIR "${_cudnn_header_dir}")
       set(CUDNN_LIBRARY "${_cudnn_library}")
@@ -132,6 +143,11 @@ if(NOT (CUDNN_LIBRARY AND CUDNN_INCLUDE_DIR))
 endif()
 if(CUDNN_INCLUDE_DIR)
   _cudnn_read_version(CUDNN_VERSION "${CUDNN_INCLUDE_DIR}")
+  _cudnn_object_to_version(_cudnn_objection "${CUDNN_VERSION}")
+  if(_cudnn_objection) # to what replaces the search
+    string(APPEND _cudnn_looked "\n  ${CUDNN_INCLUDE_DIR}: ${_cudnn_objection}")
+    set(CUDNN_LIBRARY "CUDNN_LIBRARY-NOTFOUND")
+  endif()
 endif()
 
 # --- the CUDA headers that cudnn.h includes -------------------------------------------------------

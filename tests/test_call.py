@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 import dgrad
-from dgrad import _call, _loader, config
+from dgrad import _call, _loader, _ops, config, functional
 from dgrad._call import Call, call_for
-from dgrad._geometry import Geometry
+from dgrad._geometry import Geometry, Pair
 
 GEOMETRY = Geometry((1, 0), (2, 1), (1, 2), 2)
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -170,6 +170,21 @@ def test_each_part_of_a_large_batch_gets_the_bias(
     assert all(used is given_bias for *_, used in runners.given)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parts_of_a_weights_gradient_are_summed_in_float32(
+    runners: type[ByPyTorch], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    digits = torch.finfo(dtype).eps ** -1
+    # Summed in the half type, each of the ones would be lost.
+    x = torch.tensor([2 * digits, 1, 1, 1, 1], dtype=dtype).view(-1, 1, 1, 1)
+    monkeypatch.setattr(_call, "MAX_ELEMENTS", 1)
+    call = Call("wgrad", x, torch.ones_like(x), Geometry((0, 0), (1, 1), (1, 1), 1), (1, 1))
+    found = call(x, torch.ones_like(x))
+    assert len(runners.given) == 5
+    assert found.dtype is dtype
+    assert found.item() == 2 * digits + 4
+
+
 def test_parts_know_the_alignment_that_they_begin_at(
     runners: type[ByPyTorch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,3 +239,62 @@ def test_a_call_made_for_one_bias_is_not_used_for_another_kind(runners: type[ByP
             call = call_for("dgrad", y, w, GEOMETRY, (height, width), None, bias)
             torch.testing.assert_close(call(y, w, bias), expected(y, w, bias))
     assert len(runners.made) <= len(kinds)
+
+
+# --- numbers that cuDNN cannot take -------------------------------------------------------------
+
+LARGEST = 2**31 - 1  # of cuDNN's descriptors
+ONE = torch.full((1, 1, 1, 1), 2.0)
+# With one pixel and one tap neither stride nor dilation decides anything. The first is named.
+WIDE: dict[str, tuple[Tensor, Tensor, dict[str, Pair]]] = {
+    "stride": (ONE, ONE, {"stride": (1, LARGEST + 1)}),
+    "larger stride": (ONE, ONE, {"stride": (2**40, 2**40)}),
+    "dilation": (ONE, ONE, {"dilation": (LARGEST + 1, 1)}),
+    "padding": (
+        ONE.expand(1, 1, 3, 1),
+        torch.ones(1, 1, 3, 1),
+        {"padding": (LARGEST + 1, 0), "stride": (LARGEST, 1)},
+    ),
+    "output padding below a stride": (
+        ONE, ONE, {"stride": (2**40, 1), "padding": (2**31, 0), "output_padding": (2**32, 0)},
+    ),
+    # This much would be as many rows of zeros.
+    "output padding below a dilation": (
+        ONE, ONE, {"dilation": (2**60, 1), "padding": (2**30, 0), "output_padding": (2**31, 0)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("by_operator", [False, True])
+@pytest.mark.parametrize(("y", "w", "named"), WIDE.values(), ids=WIDE.keys())
+def test_a_number_that_cudnn_cannot_hold_is_named(
+    runners: type[ByPyTorch],
+    monkeypatch: pytest.MonkeyPatch,
+    y: Tensor,
+    w: Tensor,
+    named: dict[str, Pair],
+    by_operator: bool,
+) -> None:
+    for module in (functional, _ops):
+        monkeypatch.setattr(module, "unsuitable", lambda *_: None)
+    monkeypatch.setattr(_loader, "unavailable_reason", lambda: None)
+    run = torch.ops.dgrad.conv_transpose2d if by_operator else dgrad.conv_transpose2d
+    name, value = next(iter(named.items()))
+    for _ in range(2):  # the second call finds what the first one left in the caches
+        with pytest.raises(RuntimeError) as caught:
+            run(y, w, **named)
+        assert type(caught.value) is RuntimeError
+        assert f"{name} is {value}, expected at most {LARGEST}" in str(caught.value)
+    assert not runners.made
+
+
+@pytest.mark.parametrize("direction", ["dgrad", "fprop", "wgrad"])
+@pytest.mark.parametrize("name", ["stride", "dilation"])
+def test_the_largest_number_that_cudnn_holds_is_run(
+    runners: type[ByPyTorch], direction: str, name: str
+) -> None:
+    geometry = Geometry((0, 0), (1, 1), (1, 1), 1)
+    found = Call(direction, ONE, ONE, geometry._replace(**{name: (LARGEST, LARGEST)}), (1, 1))
+    assert found(ONE, ONE).item() == 4
+    with pytest.raises(RuntimeError, match=f"{name} is .* expected at most {LARGEST}"):
+        Call(direction, ONE, ONE, geometry._replace(**{name: (LARGEST + 1, 1)}), (1, 1))

@@ -484,6 +484,7 @@ def test_the_versions_are_told_in_words() -> None:
     assert _loader.compiled_cudnn_version() == _loader.format_version(core.compiled_cudnn_version)
     assert _loader.format_version(91900) == "9.19.0"
     assert _loader.format_version(90100) == "9.1.0"
+    assert _loader.format_version(8907) == "8.9.7"
 
 
 def test_the_path_of_cudnn_is_the_file_that_is_mapped() -> None:

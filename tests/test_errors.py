@@ -136,6 +136,13 @@ NUMBERS: dict[str, tuple[Any, list[str]]] = {
         ("groups", "1", "'1'", "expected an integer"),
         ("groups", (1,), "(1,)", "expected an integer"),
         ("groups", None, "None", "expected an integer"),
+        *(
+            (name, torch.tensor(value), repr(torch.tensor(value)), "expected an integer")
+            for name in ("stride", "padding", "output_padding", "dilation", "groups")
+            for value in ([2, 2], 2.0, [], 1j)
+        ),
+        ("stride", (1, torch.tensor([2, 2])), "tensor([2, 2])", "expected an integer, not Tensor"),
+        ("stride", (torch.tensor(1.0), 1), "tensor(1.)", "expected an integer, not Tensor"),
     )
 }
 NUMBERS["output_padding=2 with stride=2"] = (
@@ -162,6 +169,18 @@ def test_a_bad_argument_raises_pytorchs_class_and_says_what_is_wrong(
         assert isinstance(found, type(expected)), f"{found!r} in place of {expected!r}"
         for word in words:
             assert word in str(found)
+    assert_a_good_call_works()
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "output_padding", "dilation", "groups"])
+@pytest.mark.parametrize("value", [[2, 2], [1], 2.0])
+def test_an_array_of_another_library_is_named(name: str, value: Any) -> None:
+    array = pytest.importorskip("numpy").array(value)
+    expected = raised(F.conv_transpose2d, X, W, **{name: array})
+    found = raised(dgrad.conv_transpose2d, X, W, **{name: array})
+    assert expected is not None
+    assert isinstance(found, type(expected)), f"{found!r} in place of {expected!r}"
+    assert str(found) == f"{name} is {array!r}, expected an integer, not ndarray"
     assert_a_good_call_works()
 
 
@@ -217,6 +236,39 @@ def test_an_output_over_64_bits_is_refused() -> None:
     wide = torch.empty(1, device="meta").expand(1, 1, 1, 2**40)
     with pytest.raises(RuntimeError, match=f"expected at most {2**63 - 1} bytes"):
         dgrad.conv_transpose2d(wide, wide[..., :1], stride=(1, 2**30))
+    assert_a_good_call_works()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_a_nested_tensor_raises_pytorchs_class(name: str) -> None:
+    tensors = {"input": X, "weight": W, "bias": BIAS}
+    tensors[name] = torch.nested.nested_tensor(list(tensors[name][None]))
+    expected = raised(F.conv_transpose2d, **tensors)
+    assert expected is not None
+    for _ in range(2):
+        found = raised(dgrad.conv_transpose2d, **tensors)
+        assert isinstance(found, type(expected)), f"{found!r} in place of {expected!r}"
+        assert f"{name} is a nested tensor, expected a dense tensor" in str(found)
+    assert_a_good_call_works()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("device", "others"), [("cpu", "cpu"), ("meta", "meta"), ("meta", "cpu")])
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_a_sparse_tensor_raises_pytorchs_class(
+    name: str, device: str, others: str, stride: int, dtype: torch.dtype
+) -> None:
+    tensors = {"input": X.to(dtype), "weight": W.to(dtype), "bias": BIAS.to(dtype)}
+    tensors[name] = tensors[name].to_sparse()
+    for each, on in (("input", device), ("weight", others), ("bias", others)):
+        tensors[each] = tensors[each].to(on)
+    expected = raised(F.conv_transpose2d, **tensors, stride=stride)
+    found = raised(dgrad.conv_transpose2d, **tensors, stride=stride)
+    assert expected is not None
+    assert isinstance(found, type(expected)), f"{found!r} in place of {expected!r}"
+    assert f"{name} has layout torch.sparse_coo, expected a dense tensor" in str(found)
     assert_a_good_call_works()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import subprocess
@@ -23,6 +24,7 @@ from dgrad import _loader, functional, log
 from dgrad._autograd import convolution
 from dgrad._geometry import Geometry
 from dgrad._watch import watching
+from dgrad.cli import main
 
 X = torch.linspace(-1, 1, 2 * 4 * 3 * 3).reshape(2, 4, 3, 3)
 W = torch.linspace(-1, 1, 4 * 2 * 3 * 3).reshape(4, 2, 3, 3)
@@ -119,6 +121,30 @@ def test_the_flag_forbids_it() -> None:
             with pytest.raises(dgrad.NotSupportedError):
                 dgrad.ConvTranspose2d(4, 2, 3)(X)
     assert torch.equal(dgrad.conv_transpose2d(X, W), F.conv_transpose2d(X, W))
+
+
+@pytest.mark.parametrize("by_operator", [False, True])
+def test_an_empty_batch_is_nothing_to_forbid(
+    by_operator: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(_loader, "unavailable_reason", lambda: None)
+    run = torch.ops.dgrad.conv_transpose2d if by_operator else dgrad.conv_transpose2d
+    with dgrad.flags(fallback="error"), caplog.at_level(logging.INFO, logger="dgrad"):
+        for _ in range(2):
+            leaves = [t.clone().requires_grad_() for t in (X[:0], W, BIAS)]
+            output = run(*leaves, (2, 2))
+            wanted = F.conv_transpose2d(*leaves, 2)
+            assert output.shape == (0, 2, 7, 7)
+            assert output.stride() == wanted.stride()
+            gradients, others = (
+                torch.autograd.grad(result.sum(), leaves) for result in (output, wanted)
+            )
+            for leaf, gradient, other in zip(leaves, gradients, others, strict=True):
+                assert gradient.shape == leaf.shape
+                assert not gradient.any()
+                assert gradient.stride() == other.stride()
+    assert not caplog.messages
 
 
 def test_bad_arguments_are_told_before_the_fallback_is_refused() -> None:
@@ -437,6 +463,12 @@ def test_a_remembered_call_with_gradients_works_inside_a_transform(
     torch.testing.assert_close(gradient, F.conv_transpose2d(X, w).sum())
 
 
+def forget_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the loader look again, whenever it is asked."""
+    for name in ("_imported", "load"):
+        monkeypatch.setattr(_loader, name, getattr(_loader, name).__wrapped__)
+
+
 @pytest.fixture
 def loaded_as(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What the loader says where importing the native module does `imported`."""
@@ -452,8 +484,8 @@ def loaded_as(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(_loader.importlib, "import_module", import_module)
         monkeypatch.setattr(_loader, "_wheel_library", lambda: None)
         monkeypatch.setattr(_loader, "_mapped_libraries", lambda: mapped or [])
-        result: tuple[Any, str | None] = _loader.load.__wrapped__()
-        return result
+        forget_what_is_loaded(monkeypatch)
+        return _loader.load()
 
     return load
 
@@ -482,7 +514,7 @@ def test_another_import_error_is_passed_on_in_words(loaded_as: Any) -> None:
 
 @pytest.mark.parametrize(
     ("version", "text"),
-    [(8907, "0.89.7"), (90000, "9.0.0"), (100000, "10.0.0"), (0, "0.0.0")],
+    [(8907, "8.9.7"), (90000, "9.0.0"), (100000, "10.0.0"), (0, "0.0.0")],
 )
 def test_a_cudnn_that_is_too_old_or_too_new_is_refused(
     loaded_as: Any, version: int, text: str
@@ -491,6 +523,19 @@ def test_a_cudnn_that_is_too_old_or_too_new_is_refused(
     core, reason = loaded_as(SimpleNamespace(cudnn_version=lambda: version), [path])
     assert core is None
     assert reason == f"cuDNN {text} is loaded from {path}, and dgrad needs 9.1.0 or a later 9.x"
+
+
+def test_info_tells_the_versions_of_a_refused_cudnn_beside_the_reason(
+    loaded_as: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = SimpleNamespace(cudnn_version=lambda: 90001, compiled_cudnn_version=91200)
+    _, reason = loaded_as(module, ["/somewhere/libcudnn.so.9"])
+    assert main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["versions"]["cudnn_loaded"] == "9.0.1"
+    assert told["versions"]["cudnn_compiled"] == "9.12.0"
+    assert told["versions"]["cudnn_path"] == "/somewhere/libcudnn.so.9"
+    assert told["providers"]["legacy"] == {"usable": False, "reason": reason}
 
 
 @pytest.mark.parametrize("version", [90100, 91200, 91900, 92600, 99999])
@@ -514,7 +559,8 @@ def test_rocm_is_refused(loaded_as: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_needs_cudnn_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_loader, "load", lambda: (None, "it is not there"))
+    forget_what_is_loaded(monkeypatch)
+    monkeypatch.setattr(_loader, "_imported", lambda: (None, "it is not there"))
     assert dgrad.unavailable_reason() == "it is not there"
     assert not dgrad.is_available()
     assert (_loader.cudnn_version(), _loader.compiled_cudnn_version()) == (None, None)

@@ -378,7 +378,7 @@ def test_a_bad_bias_reaches_its_channel_alone() -> None:
 def test_an_empty_batch_gives_what_pytorch_gives(layout: str, precision: str) -> None:
     case = Case(n=0, stride=(2, 2), precision=precision, layout=layout, weight_layout=layout)
     given = arguments(case)
-    ours = results(dgrad.conv_transpose2d, case, given)
+    ours = dgrad_results(case, given)
     theirs = pytorch_results(case, given)
     assert ours["output"].shape == (0, case.c_out, *case.output_size)
     for name, actual in ours.items():
@@ -437,3 +437,30 @@ def test_mixed_dtypes_and_devices_raise_what_pytorch_raises() -> None:
             pytorch(x, wrong)
         with pytest.raises(RuntimeError, match="weight"):
             dgrad.conv_transpose2d(x, wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("stride", 2**31), ("stride", 2**40), ("dilation", 2**31)]
+)
+def test_a_number_over_32_bits_raises_what_pytorch_raises(name: str, value: int) -> None:
+    one = torch.ones(1, 1, 1, 1, device="cuda")
+    with pytest.raises(RuntimeError):
+        pytorch(one, one, **{name: value})
+    with pytest.raises(RuntimeError, match=f"{name} is .*{value}.*, expected at most {2**31 - 1}"):
+        dgrad.conv_transpose2d(one, one, **{name: value})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ["sparse", "nested"])
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_a_sparse_or_nested_tensor_raises_what_pytorch_raises(name: str, kind: str) -> None:
+    x, w = torch.randn(1, 3, 4, 4, device="cuda"), torch.randn(3, 2, 3, 3, device="cuda")
+    tensors = {"input": x, "weight": w, "bias": torch.randn(2, device="cuda")}
+    dgrad.conv_transpose2d(**tensors)  # a remembered call of the same sizes
+    given = tensors[name]
+    nested = kind == "nested"
+    tensors[name] = torch.nested.nested_tensor([given]) if nested else given.to_sparse()
+    with pytest.raises(RuntimeError) as theirs:
+        pytorch(**tensors)
+    with pytest.raises(type(theirs.value), match=f"{name} .*{kind}.*, expected a dense tensor"):
+        dgrad.conv_transpose2d(**tensors)

@@ -264,6 +264,52 @@ def test_an_older_cudnn_than_asked_for_is_refused_by_its_version(
     assert 'version "9.11.1" is older than 9.12' in " ".join(done.stderr.split())
 
 
+def refusals(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode != 0
+    assert "Could NOT find CUDNN" in done.stderr
+    return " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("version", "arguments"), [("10.1.0", "9.0 REQUIRED"), ("90.0.0", "REQUIRED")]
+)
+def test_a_cudnn_of_a_later_major_version_is_refused(
+    find: Find, tmp_path: Path, version: str, arguments: str
+) -> None:
+    root, cuda = write_cudnn(tmp_path / "cudnn", version), write_cuda(tmp_path / "cuda")
+    (root / "lib/libcudnn.so.9").rename(root / "lib/libcudnn.so")
+    words = f'version "{version}", and dgrad needs libcudnn.so.9'
+    done = find(arguments, CUDNN_ROOT=root, CUDAToolkit_ROOT=cuda)
+    assert f"{root}: {words}" in refusals(done)
+    given = {"CUDNN_LIBRARY": root / "lib/libcudnn.so", "CUDNN_INCLUDE_DIR": root / "include"}
+    assert f"{root / 'include'}: {words}" in refusals(find(arguments, **given))
+
+
+def test_an_earlier_major_version_is_refused_without_a_wanted_one_too(
+    find: Find, tmp_path: Path
+) -> None:
+    root = write_cudnn(tmp_path / "cudnn", "8.9.7")
+    words = f'{root}: version "8.9.7", and dgrad needs libcudnn.so.9'
+    assert words in refusals(find("REQUIRED", CUDNN_ROOT=root))
+
+
+def test_a_place_with_another_major_version_is_passed_over(find: Find, tmp_path: Path) -> None:
+    write_cudnn(tmp_path / "toolkit", "10.0.0")
+    root = write_cudnn(tmp_path / "cuda", "9.77.0")
+    cuda = write_cuda(tmp_path / "cuda")
+    done = find("REQUIRED", CUDAToolkit_ROOT=tmp_path / "toolkit", CUDA_HOME=cuda)
+    assert done.returncode == 0, done.stderr
+    assert f"version=9.77.0\n-- library={root}/lib/libcudnn.so.9 " in done.stdout
+
+
+def test_what_replaces_the_search_is_taken(find: Find, tmp_path: Path) -> None:
+    root, cuda = write_cudnn(tmp_path / "cudnn", "9.77.0"), write_cuda(tmp_path / "cuda")
+    given = {"CUDNN_LIBRARY": root / "lib/libcudnn.so.9", "CUDNN_INCLUDE_DIR": root / "include"}
+    done = find("9.0 REQUIRED", CUDAToolkit_ROOT=cuda, **given)
+    assert done.returncode == 0, done.stderr
+    assert f"version=9.77.0\n-- library={root}/lib/libcudnn.so.9 " in done.stdout
+
+
 @pytest.mark.parametrize(
     ("runtime", "crt"),
     [("cu13", "cu13"), ("cuda_runtime", "cuda_nvcc")],

@@ -29,8 +29,9 @@ def check_tensors(input: object, weight: object, bias: object) -> None:
 
     Raises:
         TypeError: not a tensor.
-        NotImplementedError: a quantized tensor.
-        RuntimeError: a sparse tensor, or a device or dtype that is not the input's.
+        NotImplementedError: a quantized or nested tensor, a sparse bias, or any sparse one on the
+            meta device.
+        RuntimeError: another sparse tensor, or a device or dtype that is not the input's.
     """
     for name, value in (("input", input), ("weight", weight), ("bias", bias)):
         if value is None and name == "bias":
@@ -44,8 +45,14 @@ def check_tensors(input: object, weight: object, bias: object) -> None:
                 f"{name} is quantized ({value.dtype}), expected a floating-point tensor: "
                 "dequantize() it first"
             )
+        if value.is_nested:  # and strided: the jagged ones are a subclass with rules of its own
+            raise NotImplementedError(
+                f"{name} is a nested tensor, expected a dense tensor: unbind() it first"
+            )
         if value.layout is not torch.strided and value.layout is not torch._mkldnn:  # type: ignore[attr-defined]
-            raise RuntimeError(
+            # PyTorch's own checks meet these two later, where it looks for a kernel.
+            late = name == "bias" or (isinstance(input, Tensor) and input.is_meta)
+            raise (NotImplementedError if late else RuntimeError)(
                 f"{name} has layout {value.layout}, expected a dense tensor: to_dense() it first"
             )
     assert isinstance(input, Tensor)

@@ -36,6 +36,7 @@ INPUTS = {"dgrad": ("y", "w"), "fprop": ("x", "w"), "wgrad": ("x", "y")}
 OUTPUT = {"dgrad": "x", "fprop": "y", "wgrad": "w"}
 
 MAX_ELEMENTS = 2**31 - 1  # of one tensor in one cuDNN call
+_MAX_NUMBER = 2**31 - 1  # that cuDNN's descriptors hold
 _ALIGNMENT = 16  # bytes, of an address that every kernel can read
 
 # What torch.compile's code allocates with, on the current device: torch.empty_strided takes longer
@@ -76,11 +77,23 @@ def memory_format(a: Tensor, b: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def check_numbers(geometry: Geometry) -> None:
+    """RuntimeError, PyTorch's class, for a number that cuDNN's descriptors cannot hold."""
+    for name in ("stride", "padding", "dilation"):
+        values = getattr(geometry, name)
+        if max(values) > _MAX_NUMBER:
+            raise RuntimeError(
+                f"{name} is {values}, expected at most {_MAX_NUMBER}, the largest that cuDNN takes"
+            )
+
+
 class Call:
     """Runs one direction for tensors of one shape, stride and type, on one thread.
 
     Tensors with more than 2^31 - 1 elements are split along the batch: exactly for dgrad and
-    fprop; for wgrad the parts are summed in float32 (float64 for float64).
+    fprop; for wgrad the parts are summed in float32 (float64 for float64). Before that each part is
+    rounded to the type of its inputs, the only one that cudnnConvolutionBackwardFilter writes: of
+    float16 a part can overflow where the sum would not.
     """
 
     __slots__ = (
@@ -108,6 +121,7 @@ class Call:
         flags: Flags | None = None,
         bias: Tensor | None = None,
     ) -> None:
+        check_numbers(geometry)
         core = _loader.require()
         policy = config.policy(flags)
         self._arguments = (direction, geometry, size)

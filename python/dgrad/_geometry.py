@@ -40,8 +40,15 @@ def pair(value: object, name: str) -> Pair:
 def integer(value: object, name: str) -> int:
     """``value`` as an int; TypeError where PyTorch's parser would raise one."""
     if isinstance(value, (bool, float, complex, str)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}, expected an integer, not {type(value).__name__}")
-    return operator.index(value)
+        raise _no_integer(value, name)
+    try:
+        return operator.index(value)
+    except TypeError as error:  # an array, of several values or of no integer
+        raise _no_integer(value, name) from error
+
+
+def _no_integer(value: object, name: str) -> TypeError:
+    return TypeError(f"{name} is {value!r}, expected an integer, not {type(value).__name__}")
 
 
 def output_size(

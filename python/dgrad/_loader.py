@@ -42,13 +42,14 @@ def _wheel_library() -> Path | None:
 
 
 def format_version(version: int) -> str:
-    """cuDNN's version number as text: 91900 is "9.19.0"."""
-    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+    """cuDNN's version number as text: 91900 is "9.19.0", and 8907, from before 9, "8.9.7"."""
+    major, rest = divmod(version, 10000 if version >= 10000 else 1000)
+    return f"{major}.{rest // 100}.{rest % 100}"
 
 
 @cache
-def load() -> tuple[ModuleType | None, str | None]:
-    """The native module and None, or None and the reason why it cannot be used."""
+def _imported() -> tuple[ModuleType | None, str | None]:
+    """The native module, whatever the version of its cuDNN, or None and the reason."""
     if torch.version.hip is not None:
         return None, "PyTorch is built for ROCm, and dgrad calls NVIDIA's cuDNN"
     mapped = _mapped_libraries()
@@ -73,6 +74,15 @@ def load() -> tuple[ModuleType | None, str | None]:
             "nvidia-cudnn-cu12 or nvidia-cudnn-cu13, and the system's loader knows none; "
             "`pip install nvidia-cudnn-cu13` or a CUDA build of PyTorch brings it"
         )
+    return core, None
+
+
+@cache
+def load() -> tuple[ModuleType | None, str | None]:
+    """The native module and None, or None and the reason why it cannot be used."""
+    core, reason = _imported()
+    if core is None:
+        return None, reason
     version = core.cudnn_version()
     if version // 10000 != 9 or version < MINIMUM_CUDNN:
         return None, (
@@ -113,12 +123,12 @@ def cudnn_path() -> str | None:
 
 
 def cudnn_version() -> str | None:
-    """The version of the cuDNN that is loaded, or None."""
-    core, _ = load()
+    """The version of the cuDNN that the native module is bound to, usable or not, or None."""
+    core, _ = _imported()
     return format_version(core.cudnn_version()) if core else None
 
 
 def compiled_cudnn_version() -> str | None:
     """The version of the cuDNN headers that the native module was built with, or None."""
-    core, _ = load()
+    core, _ = _imported()
     return format_version(core.compiled_cudnn_version) if core else None

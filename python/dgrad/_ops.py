@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from . import _fallback, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import GRADIENTS, entered, recipe, unrecorded
-from ._call import INPUTS, OUTPUT, memory_format, output_shape
+from ._call import INPUTS, OUTPUT, check_numbers, memory_format, output_shape
 from ._geometry import Geometry, appended_rows, pair
 from .functional import autocast, enter, unsuitable
 
@@ -141,9 +141,11 @@ def _conv_transpose2d(
         reason = "forward-mode AD or torch.func is at work"
     if reason is not None:
         _fallback.announce(config.from_text(flags), reason)
+    if reason is not None or input.numel() == 0:
         return F.conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
+    check_numbers(geometry)
     x, weight = enter(input, weight, appended_rows(output_padding, geometry.stride))
     output: Tensor = torch.ops.dgrad.dgrad(x, weight, bias, size, *geometry, flags)
     return output if input.dim() == 4 else output.squeeze(0)

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from . import _fallback, _loader, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution, recipe, record
-from ._call import DTYPES, Call
+from ._call import DTYPES, Call, check_numbers
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
 from ._watch import profiling, watchers
 from .planner import plan_cache
@@ -35,8 +35,8 @@ _grad_enabled = torch.is_grad_enabled
 class _Prepared(NamedTuple):
     """What a call with these arguments comes to, worked out once."""
 
-    call: Call | None
-    reason: str | None  # why PyTorch runs it
+    call: Call | None  # None where PyTorch runs it
+    reason: str | None  # why, unless there is nothing to run
     geometry: Geometry
     size: Pair
     appended: Pair
@@ -128,10 +128,10 @@ def conv_transpose2d(
         prepared = _prepare(input, weight, bias, geometry, output_padding, flags)
         if key is not None:
             plan_cache.put(key, prepared)
-    if prepared.reason is not None:
-        return _pytorch(
-            flags,
-            prepared.reason,
+    if prepared.call is None:
+        if prepared.reason is not None:
+            _fallback.announce(flags, prepared.reason)
+        return F.conv_transpose2d(
             input,
             weight,
             bias,
@@ -145,7 +145,7 @@ def conv_transpose2d(
     output = convolution("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, bias)
     # Unless a switch was turned meanwhile, by another thread.
     unchanged = state is not None and state[5:] == config.switches(flags)
-    if unchanged and config.current() is held and prepared.call is not None and x is input:
+    if unchanged and config.current() is held and x is input:
         made = recipe("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, held)
         call = prepared.call.ready(made)
         if call is not None and state is not None:
@@ -233,8 +233,9 @@ def _prepare(
     check_tensors(input, weight, bias)
     size = check_sizes(input, weight, bias, geometry, output_padding)
     reason = _unsuitable(input, weight, bias)
-    if reason is not None:
+    if reason is not None or input.numel() == 0:
         return _Prepared(None, reason, geometry, size, (0, 0))
+    check_numbers(geometry)
     appended = appended_rows(output_padding, geometry.stride)
     with torch.no_grad():
         call = Call("dgrad", *enter(input, weight, appended), geometry, size, flags, bias)
@@ -262,8 +263,6 @@ def unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
         return f"input is on {input.device.type}, and cuDNN runs on CUDA devices"
     if input.dtype not in DTYPES:
         return f"cuDNN's convolutions have no {input.dtype}"
-    if input.numel() == 0:
-        return "the batch is empty"
     if any(t.is_neg() or t._is_zerotensor() for t in (input, weight, bias) if t is not None):
         return "a negative view, or zeros without memory, must be resolved first"
     return None
