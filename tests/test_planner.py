@@ -632,6 +632,20 @@ def test_both_times_are_told(start: Start, monkeypatch: pytest.MonkeyPatch) -> N
     assert f"next graph:eng1 (FMA_MATH) {verdict}" in str(selection)
 
 
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [(0.5, "50.0 % faster"), (10.9, "990.0 % slower"), (11.0, "11 times slower")],
+)
+def test_what_is_far_behind_is_so_many_times_slower(factor: float, words: str) -> None:
+    times = timed((1.0, 1.0), (2.0 * factor, factor), (factor, None))
+    selection = Selection(FakeProblem(), tuple(times), 0, (None,) * 3, "measured")  # type: ignore[arg-type]
+    _, on_device, back_to_back = selection.verdicts()
+    assert on_device.startswith(f"{words} on the device, ")
+    assert back_to_back == words
+    line = str(replace(selection, candidates=(times[0], times[2]), objections=(None, None)))
+    assert f"next graph:eng2 (FMA_MATH) {words}, workspace" in line
+
+
 def test_flags_choose_among_known_times_without_measuring(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

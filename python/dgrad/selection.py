@@ -109,7 +109,9 @@ def _percent_slower(time_ms: float, than_ms: float) -> str:
     percent = (time_ms / than_ms - 1) * 100
     if percent < 0:
         return f"{-percent:.1f} % faster"
-    return f"{percent:.1f} % slower" if percent < 1000 else f"{percent / 100 + 1:.0f} times"
+    if percent < 1000:
+        return f"{percent:.1f} % slower"
+    return f"{percent / 100 + 1:.0f} times slower"
 
 
 @dataclass(frozen=True, slots=True)
