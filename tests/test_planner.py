@@ -659,7 +659,32 @@ def test_flags_choose_among_known_times_without_measuring(
     assert names(core) == ["ALGO_1", "ALGO_0", "GEMM", "ALGO_1"]
     limited = dgrad.selections()[1][0]
     assert limited.verdicts()[0].endswith("(50.0 % faster)")
-    assert "with 2.0 MiB of workspace legacy:ALGO_1 (DEFAULT_MATH) would take 1 ms" in str(limited)
+    words = "with 2.0 MiB of workspace legacy:ALGO_1 (DEFAULT_MATH) would be 50.0 % faster"
+    assert str(limited).endswith(f"; {words}")
+
+
+@pytest.mark.parametrize(
+    ("limited", "words"),
+    [
+        ([(0.031, 0.77)], "with 1.5 MiB of workspace graph:eng1 (FMA_MATH) would be 23.0 % faster"),
+        ([(0.027, 1.1)], None),  # the device decides, and there it is slower
+        ([(0.027, None)], "with 1.5 MiB of workspace graph:eng1 (FMA_MATH) would be 10.0 % faster"),
+        ([(0.031, None)], None),
+        ([(0.030, 0.99999)], None),  # it would read 0.0 %
+        (
+            [(0.020, 0.9), (0.031, 0.8)],
+            "with 1.5 MiB of workspace graph:eng2 (FMA_MATH) would be 20.0 % faster",
+        ),
+    ],
+)
+def test_what_a_larger_workspace_would_bring_is_told_by_the_time_that_decides(
+    limited: list[tuple[float, float | None]], words: str | None
+) -> None:
+    candidates = timed((0.030, 1.0), *limited, workspace_bytes=3 * MIB // 2)
+    objections = (None, *["its workspace is over workspace_limit 1.0 MiB"] * len(limited))
+    selection = Selection(FakeProblem(), tuple(candidates), 0, objections, "measured")  # type: ignore[arg-type]
+    _, _, told = str(selection).partition("; ")
+    assert told == (words or "")
 
 
 def test_a_larger_limit_measures_what_the_smaller_left_out(
