@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
-import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import store
 from ._cache import BoundedCache
 from ._candidates import gather, other_precision
+from ._pack import pack, unpack
 from .config import Policy
 from .selection import Candidate
 
@@ -45,7 +44,7 @@ class Knowledge:
         self.ready_uses: UseCount | None = None
         self.measuring = threading.Lock()  # so that one thread measures
         self._candidates: list[Candidate] | None = candidates
-        self._packed = b""
+        self._packed = b""  # the same in few bytes, or empty where they have changed
         self._lock = threading.Lock()
 
     @property
@@ -61,16 +60,17 @@ class Knowledge:
 
     def _unpacked(self) -> list[Candidate]:
         if self._candidates is None:
-            self._candidates = pickle.loads(zlib.decompress(self._packed))
-            self._packed = b""
-        assert self._candidates is not None
+            self._candidates = unpack(self._packed)
         return self._candidates
+
+    def _replace(self, candidates: list[Candidate]) -> None:
+        self._candidates, self._packed = candidates, b""
 
     def pack(self) -> None:
         """Keep the candidates in few bytes until they are next looked at."""
         with self._lock:
             if self._candidates is not None:
-                self._packed = zlib.compress(pickle.dumps(self._candidates), 1)
+                self._packed = self._packed or pack(self._candidates)
                 self._candidates = None
 
     def update(self, index: int, **changes: Any) -> Candidate:
@@ -79,6 +79,7 @@ class Knowledge:
             candidates = self._unpacked()
             candidate = replace(candidates[index], **changes)
             candidates[index] = candidate
+            self._replace(candidates)
             return candidate
 
     def add(self, candidate: Candidate) -> int:
@@ -86,6 +87,7 @@ class Knowledge:
         with self._lock:
             candidates = self._unpacked()
             candidates.append(candidate)
+            self._replace(candidates)
             return len(candidates) - 1
 
     def refresh(self) -> None:
@@ -103,7 +105,8 @@ class Knowledge:
             found = [_merged(c, known.pop((c.engine, c.bias), c)) for c in candidates]
             found += known.values()
             if found != candidates:
-                self._candidates, self.source = found, "stored"
+                self._replace(found)
+                self.source = "stored"
 
     def _borrow(self) -> None:
         """Take over what is known of the same float32 problem in the other precision: times, and
@@ -123,7 +126,7 @@ class Knowledge:
                 ]
             if not any(c.time_ms for c in candidates):
                 self.source = lender.source
-            self._candidates = found
+            self._replace(found)
 
     def has_run(self, policy: Policy, chosen: int, source: str) -> bool:
         """Note what runs under a policy; whether that is new."""
