@@ -252,9 +252,12 @@ def test_a_problem_is_known_once_whoever_asks_first(start: Start) -> None:
 def test_what_runs_is_new_once_for_each_policy() -> None:
     knowledge = known([*CANDIDATES])
     other = POLICY._replace(deterministic=True)
-    assert [knowledge.has_run(POLICY, 0, "measured") for _ in range(3)] == [True, False, False]
-    assert knowledge.has_run(other, 2, "measured")
-    assert knowledge.ran == {POLICY: (0, "measured"), other: (2, "measured")}
+    told = [knowledge.has_run(POLICY, 0, "measured") for _ in range(3)]
+    assert [new for _, new in told] == [True, False, False]
+    assert len({id(use) for use, _ in told}) == 1
+    assert knowledge.has_run(other, 2, "stored")[1]
+    ran = {policy: (use.chosen, use.source) for policy, use in knowledge.ran.items()}
+    assert ran == {POLICY: (0, "measured"), other: (2, "stored")}
 
 
 def test_what_ran_is_forgotten_by_policy_or_by_candidate() -> None:
@@ -274,7 +277,9 @@ def test_what_ran_is_forgotten_by_policy_or_by_candidate() -> None:
 def test_one_thread_of_many_is_told_that_something_is_new() -> None:
     knowledge = known([*CANDIDATES])
     told: list[bool] = []
-    on_threads(*(lambda: told.append(knowledge.has_run(POLICY, 0, "measured")) for _ in range(8)))
+    on_threads(
+        *(lambda: told.append(knowledge.has_run(POLICY, 0, "measured")[1]) for _ in range(8))
+    )
     assert sorted(told) == [False] * 7 + [True]
 
 
@@ -614,8 +619,7 @@ def assert_remembered(count: int, candidates: int = 60) -> None:
     remembered = _knowledge.everything()
     assert len(remembered) == count
     for knowledge in (remembered[0], remembered[count // 2], remembered[-1]):
-        assert knowledge.uses == 1
-        assert len(knowledge.ran) == 1
+        assert [use.count for use in knowledge.ran.values()] == [1]
         assert len(knowledge.candidates) == candidates
         times = [c.time_ms for c in knowledge.candidates if c.time_ms is not None]
         sizes = [c.workspace_bytes for c in knowledge.candidates if c.workspace_bytes]

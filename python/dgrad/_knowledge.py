@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     from ._core import Problem, UseCount
 
 
+class Use:
+    """What runs a problem under one policy, and how often it did: by Python and by native code."""
+
+    __slots__ = ("chosen", "native", "runs", "source")
+
+    def __init__(self, chosen: int, source: str) -> None:
+        self.chosen = chosen  # its index
+        self.source = source
+        self.runs = 0
+        self.native: UseCount | None = None
+
+    @property
+    def count(self) -> int:
+        return self.runs + (0 if self.native is None else self.native.count)
+
+
 class Knowledge:
     """What is known of one problem, shared by all threads.
 
@@ -31,26 +47,17 @@ class Knowledge:
         "measuring",
         "problem",
         "ran",
-        "ready_uses",
-        "runs",
         "source",
     )
 
     def __init__(self, problem: Problem, candidates: list[Candidate], source: str) -> None:
         self.problem = problem
         self.source = source  # of the times: "stored" or "measured"
-        self.ran: dict[Policy, tuple[int, str]] = {}  # what has run: its index, the source
-        self.runs = 0  # by Python; native code counts its own
-        self.ready_uses: UseCount | None = None
+        self.ran: dict[Policy, Use] = {}
         self.measuring = threading.Lock()  # so that one thread measures
         self._candidates: list[Candidate] | None = candidates
         self._packed = b""  # the same in few bytes, or empty where they have changed
         self._lock = threading.Lock()
-
-    @property
-    def uses(self) -> int:
-        """How often the problem was run."""
-        return self.runs + (0 if self.ready_uses is None else self.ready_uses.count)
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -128,16 +135,17 @@ class Knowledge:
                 self.source = lender.source
             self._replace(found)
 
-    def has_run(self, policy: Policy, chosen: int, source: str) -> bool:
-        """Note what runs under a policy; whether that is new."""
-        run = (chosen, source)
+    def has_run(self, policy: Policy, chosen: int, source: str) -> tuple[Use, bool]:
+        """Note what runs under a policy; the note that counts it, and whether that is new."""
+        use = Use(chosen, source)
         with self._lock:
-            return self.ran.setdefault(policy, run) is run
+            kept = self.ran.setdefault(policy, use)
+        return kept, kept is use
 
     def forget(self, policy: Policy | None = None, chosen: int | None = None) -> None:
         """Forget what ran under a policy, or what chose a candidate."""
         with self._lock:
-            self.ran = {p: r for p, r in self.ran.items() if p != policy and r[0] != chosen}
+            self.ran = {p: u for p, u in self.ran.items() if p != policy and u.chosen != chosen}
 
 
 def _telling(candidates: list[Candidate]) -> dict[object, Candidate]:

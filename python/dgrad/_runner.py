@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from . import _loader, config, log, store
 from ._candidates import make_plan, other_precision, pass_operation, with_best_pass
 from ._check import Check
-from ._knowledge import knowledge_of
+from ._knowledge import Use, knowledge_of
 from ._refusal import nothing_usable, reason
 from ._watch import note, profiling, watchers
 from .config import Policy
@@ -27,7 +27,7 @@ from .exceptions import (
     TorchOutOfMemoryError,
 )
 from .measure import Contestant, measure
-from .planner import objection, preference, selection_of
+from .planner import objection, preference, selection_of, untimed
 from .selection import ADD, FUSED, Selection
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ class Runner:
     """
 
     __slots__ = (
-        "_announced",
         "_bias",
         "_device",
         "_index",
@@ -61,6 +60,7 @@ class Runner:
         "_provisional",
         "_repeats",
         "_timing",
+        "_use",
     )
 
     def __init__(self, problem: Problem, policy: Policy) -> None:
@@ -70,6 +70,7 @@ class Runner:
         self._timing = policy._replace(deterministic=False)
         self._device = torch.device("cuda", problem.device)
         self._plan: Plan | None = None
+        self._use: Use | None = None  # of what was announced, to count it
         self._provisional = False
         # How often a pass for the bias wants it repeated: once for each image.
         self._repeats = problem.x[0] if pass_operation(problem) == "bias_rows" else 1
@@ -100,9 +101,9 @@ class Runner:
                 self._reject(self._index, error)
                 self._plan = None
                 continue
-            self._knowledge.runs += 1
-            if not self._announced:
-                self._announce()
+            if self._use is None:
+                self._use = self._announce()
+            self._use.runs += 1
             if watchers:
                 note(self.selection())
                 self._knowledge.pack()
@@ -144,11 +145,11 @@ class Runner:
 
     def ready(self, make_out: Callable[[], Tensor], recipe: object) -> ReadyCall | None:
         """What native code needs to run this as it last ran, or None if that is not settled."""
-        if self._plan is None or self._provisional or not self._announced:
+        if self._plan is None or self._provisional or self._use is None:
             return None
-        core, knowledge, size = _loader.require(), self._knowledge, self._plan.workspace_bytes
-        if knowledge.ready_uses is None:
-            knowledge.ready_uses = core.UseCount()
+        core, use, size = _loader.require(), self._use, self._plan.workspace_bytes
+        if use.native is None:
+            use.native = core.UseCount()
         by_cudnn = self._problem.bias and self._bias != ADD
         repeated = by_cudnn and self._bias != FUSED and self._repeats > 1
         call: ReadyCall = core.ReadyCall(
@@ -161,7 +162,7 @@ class Runner:
             enter_bias=methodcaller("repeat", self._repeats) if repeated else None,
             plan_reads_bias=by_cudnn,
             pytorch_adds_bias=self._bias == ADD,
-            uses=knowledge.ready_uses,
+            uses=use.native,
             recipe=recipe,
         )
         return call
@@ -185,7 +186,7 @@ class Runner:
             if objection(candidate, problem.direction, policy) is not None:
                 continue  # the plan knows a larger workspace than the heuristic did
             self._index, self._plan, self._bias = index, plan, candidate.bias
-            self._announced = policy in knowledge.ran
+            self._use = knowledge.ran.get(policy)
             if self._provisional:
                 log.captured(problem)
             knowledge.pack()
@@ -219,20 +220,7 @@ class Runner:
             log.not_measured(other._problem, error)
 
     def _untimed(self) -> list[int]:
-        """The candidates to time before this policy can choose."""
-        policy, candidates = self._timing, self._knowledge.candidates
-        direction = self._problem.direction
-        if policy.selection == "heuristic" or policy.forces(direction):
-            return []
-        usable = preference(candidates, direction, policy)
-        if len(usable) < 2:
-            return []
-        again = policy.selection == "exhaustive"
-        return sorted(
-            i
-            for i in usable
-            if candidates[i].time_ms is None and (again or not candidates[i].skipped)
-        )
+        return untimed(self._knowledge.candidates, self._problem.direction, self._timing)
 
     def _make_plan(self, index: int) -> Plan:
         candidate = self._knowledge.candidates[index]
@@ -341,8 +329,9 @@ class Runner:
             return "heuristic"
         return self._knowledge.source
 
-    def _announce(self) -> None:
-        self._announced = True
-        if self._knowledge.has_run(self._policy, self._index, self._source()):
+    def _announce(self) -> Use:
+        use, new = self._knowledge.has_run(self._policy, self._index, self._source())
+        if new:
             log.selected(self.selection(), self._policy)
         self._knowledge.pack()
+        return use

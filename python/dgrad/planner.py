@@ -149,6 +149,19 @@ def _within(factor: float, times: dict[int, float]) -> list[int]:
     return [i for i, time in times.items() if time <= limit]
 
 
+def untimed(candidates: list[Candidate], direction: str, policy: Policy) -> list[int]:
+    """The candidates to time before ``policy`` can choose."""
+    if policy.selection == "heuristic" or policy.forces(direction):
+        return []
+    usable = preference(candidates, direction, policy)
+    if len(usable) < 2:
+        return []
+    again = policy.selection == "exhaustive"
+    return sorted(
+        i for i in usable if candidates[i].time_ms is None and (again or not candidates[i].skipped)
+    )
+
+
 def selection_of(knowledge: Knowledge, policy: Policy, chosen: int, source: str) -> Selection:
     candidates = tuple(knowledge.candidates)
     direction = knowledge.problem.direction
@@ -162,10 +175,10 @@ def selection_of(knowledge: Knowledge, policy: Policy, chosen: int, source: str)
 
 
 def selections() -> list[tuple[Selection, int]]:
-    """All selections of this process that have run, each with how often its problem was run."""
+    """All selections of this process that have run, each with how often it was run."""
     found = []
     for knowledge in everything():
-        for policy, (chosen, source) in list(knowledge.ran.items()):
-            found.append((selection_of(knowledge, policy, chosen, source), knowledge.uses))
+        for policy, use in list(knowledge.ran.items()):
+            found.append((selection_of(knowledge, policy, use.chosen, use.source), use.count))
         knowledge.pack()
     return found
