@@ -27,7 +27,7 @@ from .exceptions import (
     TorchOutOfMemoryError,
 )
 from .measure import Contestant, measure
-from .planner import objection, preference, selection_of, untimed
+from .planner import objection, preference, selection_of, source_of, untimed
 from .selection import ADD, FUSED, Selection
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Runner:
 
     __slots__ = (
         "_bias",
+        "_corrects",
         "_device",
         "_index",
         "_knowledge",
@@ -72,6 +73,7 @@ class Runner:
         self._plan: Plan | None = None
         self._use: Use | None = None  # of what was announced, to count it
         self._provisional = False
+        self._corrects = False  # whether what runs was withheld by the store
         # How often a pass for the bias wants it repeated: once for each image.
         self._repeats = problem.x[0] if pass_operation(problem) == "bias_rows" else 1
 
@@ -87,7 +89,7 @@ class Runner:
         """
         while True:
             if self._plan is None or self._provisional:
-                self._choose(x, w, y, bias)
+                self._choose((x, w, y, bias))
             assert self._plan is not None
             try:
                 if profiling():
@@ -167,15 +169,26 @@ class Runner:
         )
         return call
 
-    def _choose(self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None) -> None:
-        problem, policy = self._problem, self._policy
-        self._knowledge = knowledge = knowledge_of(problem)
+    def _choose(self, tensors: Tensors) -> None:
+        self._knowledge = knowledge = knowledge_of(self._problem)
+        wanted = self._policy.wanted(self._problem.direction)
+        may_ask, lacking = knowledge.doubted is None, knowledge.lacks(wanted)
+        if (may_ask and lacking) or not self._settle(tensors):
+            if may_ask and knowledge.ask_again():
+                self._corrects = not (lacking and knowledge.lacks(wanted))
+            if not self._settle(tensors):
+                self._corrects = False
+                raise nothing_usable(knowledge, self._policy)
+
+    def _settle(self, tensors: Tensors) -> bool:
+        """Choose, measuring what is missing; whether there is something to run."""
+        problem, policy, knowledge = self._problem, self._policy, self._knowledge
         missing = self._untimed()
         self._provisional = bool(missing) and torch.cuda.is_current_stream_capturing()
         if self._provisional and self._plan is not None:
-            return
+            return True
         if missing and not self._provisional:
-            self._complete((x, w, y, bias))
+            self._complete(tensors)
         for index in preference(knowledge.candidates, problem.direction, policy):
             try:
                 plan = self._make_plan(index)
@@ -186,12 +199,12 @@ class Runner:
             if objection(candidate, problem.direction, policy) is not None:
                 continue  # the plan knows a larger workspace than the heuristic did
             self._index, self._plan, self._bias = index, plan, candidate.bias
-            self._use = knowledge.ran.get(policy)
+            self._use = None if self._corrects else knowledge.ran.get(policy)
             if self._provisional:
                 log.captured(problem)
             knowledge.pack()
-            return
-        raise nothing_usable(self._knowledge, self._policy)
+            return True
+        return False
 
     def _complete(self, tensors: Tensors) -> None:
         """Measure what is missing, unless another thread or process does so first."""
@@ -322,16 +335,15 @@ class Runner:
         return selection_of(self._knowledge, self._policy, self._index, self._source())
 
     def _source(self) -> str:
-        candidate = self._knowledge.candidates[self._index]
-        if self._policy.forces(self._problem.direction):
-            return "forced"
-        if self._policy.selection == "heuristic" or candidate.time_ms is None:
-            return "heuristic"
-        return self._knowledge.source
+        return source_of(self._knowledge, self._policy, self._index)
 
     def _announce(self) -> Use:
         use, new = self._knowledge.has_run(self._policy, self._index, self._source())
         if new:
             log.selected(self.selection(), self._policy)
+        entry = self._knowledge.doubted
+        if self._corrects and entry is not None:
+            store.correct(entry, self._problem, self._knowledge.candidates)
+            self._corrects = False
         self._knowledge.pack()
         return use

@@ -174,6 +174,15 @@ def selection_of(knowledge: Knowledge, policy: Policy, chosen: int, source: str)
     )
 
 
+def source_of(knowledge: Knowledge, policy: Policy, chosen: int) -> str:
+    """Where a choice comes from, as :class:`Selection` has it."""
+    if policy.forces(knowledge.problem.direction):
+        return "forced"
+    if policy.selection == "heuristic" or knowledge.candidates[chosen].time_ms is None:
+        return "heuristic"
+    return knowledge.source
+
+
 def selections() -> list[tuple[Selection, int]]:
     """All selections of this process that have run, each with how often it was run."""
     found = []
