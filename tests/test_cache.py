@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 import dgrad
 from dgrad._cache import BoundedCache
+from dgrad.planner import PlanCache
 
 
 @pytest.fixture
@@ -260,3 +263,15 @@ def test_threads_that_call_and_clear_at_once_all_get_their_results() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_native_code_ran_counts_as_used() -> None:
+    cache = PlanCache(max_size=2)
+    native = SimpleNamespace(hits=0, clear=lambda: None)
+    cache.ready = cast(Any, native)
+    runs = {"a": False, "b": False, "c": False}
+    for key in "ab":
+        cache.put(key, SimpleNamespace(ran_natively=lambda key=key: runs[key]))
+    native.hits, runs["a"] = 1, True
+    cache.put("c", SimpleNamespace(ran_natively=lambda: runs["c"]))
+    assert [cache.get(key) is not None for key in "abc"] == [True, False, True]

@@ -359,6 +359,19 @@ def test_the_cache_bounds_the_native_calls_too() -> None:
     assert dgrad.plan_cache.ready.size == 0
 
 
+def test_what_native_code_runs_is_not_forgotten_first() -> None:
+    dgrad.plan_cache.clear()
+    dgrad.plan_cache.max_size = 4
+    w = torch.randn(4, 4, 2, 2, device="cuda")
+    used, *others = (torch.randn(n, 4, 3, 3, device="cuda") for n in range(1, 20))
+    dgrad.conv_transpose2d(used, w)
+    for x in others:
+        before = dgrad.plan_cache.misses
+        dgrad.conv_transpose2d(used, w)
+        assert dgrad.plan_cache.misses == before
+        dgrad.conv_transpose2d(x, w)
+
+
 def test_out_of_memory_is_the_same_error_as_the_long_way() -> None:
     x, w, b = tensors((64, 16, 128, 128), (16, 16, 2, 2))
     dgrad.conv_transpose2d(x, w, b, 2)

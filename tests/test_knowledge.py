@@ -100,6 +100,35 @@ def test_packing_loses_nothing_of_any_candidates(candidates: list[Candidate]) ->
     assert knowledge.candidates == candidates
 
 
+@pytest.mark.parametrize(
+    "algorithm",
+    ["", "eng76_k2=4_k13=0", "eng1_k12=-1", "100", "007", "%d", "eng%s_k2=3", "\0 5\0=", "\u0661"],
+    ids=ascii,
+)
+def test_a_name_of_whatever_form_is_packed_among_others(algorithm: str) -> None:
+    named = [replace(c, algorithm=algorithm + c.algorithm) for c in CANDIDATES]
+    candidates = [*named, *CANDIDATES, replace(CANDIDATES[0], algorithm=algorithm)]
+    knowledge = known([*candidates])
+    knowledge.pack()
+    assert knowledge.candidates == candidates
+
+
+def test_what_was_only_looked_at_is_not_packed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[int] = []
+    real = _knowledge.pack
+    monkeypatch.setattr(_knowledge, "pack", lambda c: packed.append(len(c)) or real(c))
+    knowledge = known([*CANDIDATES])
+    for _ in range(3):
+        knowledge.pack()
+        assert knowledge.candidates == CANDIDATES
+    assert packed == [5]
+    knowledge.add(CANDIDATES[0])
+    knowledge.pack()
+    knowledge.update(0, time_ms=7.0)
+    knowledge.pack()
+    assert packed == [5, 6, 6]
+
+
 def test_what_is_packed_is_changed_and_added_to_as_what_is_not() -> None:
     knowledge = known([*CANDIDATES])
     knowledge.pack()
@@ -223,9 +252,12 @@ def test_a_problem_is_known_once_whoever_asks_first(start: Start) -> None:
 def test_what_runs_is_new_once_for_each_policy() -> None:
     knowledge = known([*CANDIDATES])
     other = POLICY._replace(deterministic=True)
-    assert [knowledge.has_run(POLICY, 0, "measured") for _ in range(3)] == [True, False, False]
-    assert knowledge.has_run(other, 2, "measured")
-    assert knowledge.ran == {POLICY: (0, "measured"), other: (2, "measured")}
+    told = [knowledge.has_run(POLICY, 0, "measured") for _ in range(3)]
+    assert [new for _, new in told] == [True, False, False]
+    assert len({id(use) for use, _ in told}) == 1
+    assert knowledge.has_run(other, 2, "stored")[1]
+    ran = {policy: (use.chosen, use.source) for policy, use in knowledge.ran.items()}
+    assert ran == {POLICY: (0, "measured"), other: (2, "stored")}
 
 
 def test_what_ran_is_forgotten_by_policy_or_by_candidate() -> None:
@@ -245,7 +277,9 @@ def test_what_ran_is_forgotten_by_policy_or_by_candidate() -> None:
 def test_one_thread_of_many_is_told_that_something_is_new() -> None:
     knowledge = known([*CANDIDATES])
     told: list[bool] = []
-    on_threads(*(lambda: told.append(knowledge.has_run(POLICY, 0, "measured")) for _ in range(8)))
+    on_threads(
+        *(lambda: told.append(knowledge.has_run(POLICY, 0, "measured")[1]) for _ in range(8))
+    )
     assert sorted(told) == [False] * 7 + [True]
 
 
@@ -580,14 +614,13 @@ def run_problem(core: FakeCore, problem: Any) -> None:
     core.ran.clear()
 
 
-def assert_remembered(count: int) -> None:
+def assert_remembered(count: int, candidates: int = 60) -> None:
     """So many problems, each with 60 candidates, of which many have numbers of their own."""
     remembered = _knowledge.everything()
     assert len(remembered) == count
     for knowledge in (remembered[0], remembered[count // 2], remembered[-1]):
-        assert knowledge.uses == 1
-        assert len(knowledge.ran) == 1
-        assert len(knowledge.candidates) == 60
+        assert [use.count for use in knowledge.ran.values()] == [1]
+        assert len(knowledge.candidates) == candidates
         times = [c.time_ms for c in knowledge.candidates if c.time_ms is not None]
         sizes = [c.workspace_bytes for c in knowledge.candidates if c.workspace_bytes]
         assert len(times) == len(set(times)) > 15
@@ -617,6 +650,56 @@ def test_a_remembered_problem_takes_less_than_4_kib(
     size = grown(lambda number: run_problem(crowded, problem_number(number)), 1000, unseen=9000)
     assert size + NATIVE_BYTES < LIMIT_BYTES
     assert_remembered(10000)
+
+
+# As cuDNN 9.19 names its engines on an H200, and with the values that their knobs take there.
+KNOBS = {
+    "eng76_k2=%d_k13=%d_k18=1_k27=%d_k28=%d": (8, 2, 5, 9),
+    "eng73_k2=%d_k13=%d_k18=1_k27=%d_k28=%d": (8, 2, 5, 9),
+    "eng68_k2=%d_k13=0_k18=%d_k25=%d_k27=%d_k28=%d": (8, 2, 2, 9, 9),
+    "eng67_k2=%d_k13=0_k18=0_k25=%d_k27=%d_k28=%d": (8, 2, 9, 9),
+    "eng62_k2=%d_k13=1_k18=0_k25=%d_k27=%d_k28=%d": (6, 2, 3, 5),
+    "eng38_k2=%d_k13=%d_k14=%d_k18=%d_k22=%d_k23=%d": (2, 3, 5, 2, 3, 2),
+    "eng58_k2=%d_k5=%d_k14=%d": (5, 5, 5),
+    "eng25_k2=%d_k3=%d": (9, 2),
+    "eng0": (),
+}
+REASONS = (
+    "it may round float32 to tf32, and allow_tf32 is off",
+    "it works by Winograd's method, which can lose NaN",
+    "cudnnBackendFinalize returned 3007: CUDNN_STATUS_NOT_SUPPORTED_SHARED_MEMORY_INSUFFICIENT",
+)
+
+
+def real_looking(choose: random.Random, count: int) -> list[Candidate]:
+    """Engines with knobs, their times with all digits, and of the fastest that of the device."""
+    found: dict[str, Candidate] = {}
+    while len(found) < count:
+        pattern = choose.choice([*KNOBS])
+        name = pattern % tuple(choose.randrange(most) for most in KNOBS[pattern])
+        name += "+identity" if choose.random() < 0.2 else ""
+        fails, time_ms = choose.random() < 0.2, choose.uniform(0.1, 5.0)
+        found[name] = Candidate(
+            "graph",
+            name,
+            choose.choice(["TENSOR_OP_MATH", "FMA_MATH"]),
+            choose.random() < 0.7,
+            choose.choice([0, 512 * choose.randrange(2**21), choose.randrange(2**30)]),
+            None if fails else time_ms,
+            0.9 * time_ms if not fails and time_ms < 1.5 else None,
+            rejected=choose.choice(REASONS) if fails else None,
+        )
+    return [*found.values()]
+
+
+def test_a_problem_of_128_candidates_takes_less_than_4_kib_too(
+    crowded: CrowdedCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = crowded.random
+    monkeypatch.setattr(_knowledge.store, "read", lambda problem: real_looking(choose, 128))
+    size = grown(lambda number: run_problem(crowded, problem_number(number)), 100)
+    assert size + NATIVE_BYTES < LIMIT_BYTES
+    assert_remembered(101, candidates=128)
 
 
 def test_a_problem_that_was_measured_takes_no_more(crowded: CrowdedCore) -> None:

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import dgrad
-from dgrad import config
+from dgrad import _runner, config
 from dgrad._geometry import Geometry, Pair, output_size
 from dgrad._runner import Runner
 from dgrad.exceptions import TorchOutOfMemoryError, cudnn_error
@@ -518,6 +519,51 @@ def test_a_replaced_candidate_is_announced(start: Start, caplog: pytest.LogCaptu
     assert selection.candidate.name == "legacy:ALGO_0"
 
 
+def uses() -> dict[str, int]:
+    return {selection.candidate.name: count for selection, count in dgrad.selections()}
+
+
+def test_each_selection_has_a_count_of_its_own(start: Start) -> None:
+    start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
+    run()
+    for _ in range(9):
+        run(algorithm="legacy:ALGO_0")
+    assert uses() == {"legacy:ALGO_1": 1, "legacy:ALGO_0": 9}
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert uses() == {"legacy:ALGO_1": 2, "legacy:ALGO_0": 9}
+
+
+def test_what_native_code_runs_is_counted_for_its_selection(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
+    native = SimpleNamespace(
+        UseCount=lambda: SimpleNamespace(count=0), ReadyCall=lambda **fields: fields
+    )
+    monkeypatch.setattr(_runner, "_loader", SimpleNamespace(require=lambda: native))
+    forced = config.policy(dgrad.Flags(selection="heuristic", algorithm="legacy:ALGO_0"))
+    calls: list[Any] = []
+    for policy in (HEURISTIC, forced, forced):
+        runner = Runner(FakeProblem(), policy)  # type: ignore[arg-type]
+        runner.run(X, W, Y)
+        calls.append(runner.ready(lambda: X, None))
+    for call, count in zip(calls, (3, 20, 100), strict=True):
+        call["uses"].count += count
+    assert uses() == {"legacy:ALGO_1": 4, "legacy:ALGO_0": 122}
+
+
+def test_what_takes_the_place_of_a_candidate_is_counted_anew(start: Start) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
+    runner = Runner(FakeProblem(), HEURISTIC)  # type: ignore[arg-type]
+    for _ in range(3):
+        runner.run(X, W, Y)
+    core.failing["ALGO_1"] = NOT_SUPPORTED
+    runner.run(X, W, Y)
+    assert uses() == {"legacy:ALGO_0": 1}
+
+
 def test_a_cudnn_that_does_not_start_is_no_fault_of_the_candidates(start: Start) -> None:
     core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
     failure = cudnn_error(1001, "cudnnCreate returned 1001", "cudnnCreate", "")
@@ -569,8 +615,8 @@ def test_the_fastest_runs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None
     run(selection="measure")
     assert measured == [["ALGO_1", "ALGO_0", "GEMM"]]
     assert names(core) == ["GEMM"]
-    ((selection, uses),) = dgrad.selections()
-    assert uses == 1
+    ((selection, count),) = dgrad.selections()
+    assert count == 1
     assert selection.source == "measured"
     assert selection.verdicts() == ["100.0 % slower", "200.0 % slower", "chosen"]
     assert "next legacy:ALGO_1 (DEFAULT_MATH) 100.0 % slower" in str(selection)
@@ -632,6 +678,20 @@ def test_both_times_are_told(start: Start, monkeypatch: pytest.MonkeyPatch) -> N
     assert f"next graph:eng1 (FMA_MATH) {verdict}" in str(selection)
 
 
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [(0.5, "50.0 % faster"), (10.9, "990.0 % slower"), (11.0, "11 times slower")],
+)
+def test_what_is_far_behind_is_so_many_times_slower(factor: float, words: str) -> None:
+    times = timed((1.0, 1.0), (2.0 * factor, factor), (factor, None))
+    selection = Selection(FakeProblem(), tuple(times), 0, (None,) * 3, "measured")  # type: ignore[arg-type]
+    _, on_device, back_to_back = selection.verdicts()
+    assert on_device.startswith(f"{words} on the device, ")
+    assert back_to_back == words
+    line = str(replace(selection, candidates=(times[0], times[2]), objections=(None, None)))
+    assert f"next graph:eng2 (FMA_MATH) {words}, workspace" in line
+
+
 def test_flags_choose_among_known_times_without_measuring(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -645,7 +705,32 @@ def test_flags_choose_among_known_times_without_measuring(
     assert names(core) == ["ALGO_1", "ALGO_0", "GEMM", "ALGO_1"]
     limited = dgrad.selections()[1][0]
     assert limited.verdicts()[0].endswith("(50.0 % faster)")
-    assert "with 2.0 MiB of workspace legacy:ALGO_1 (DEFAULT_MATH) would take 1 ms" in str(limited)
+    words = "with 2.0 MiB of workspace legacy:ALGO_1 (DEFAULT_MATH) would be 50.0 % faster"
+    assert str(limited).endswith(f"; {words}")
+
+
+@pytest.mark.parametrize(
+    ("limited", "words"),
+    [
+        ([(0.031, 0.77)], "with 1.5 MiB of workspace graph:eng1 (FMA_MATH) would be 23.0 % faster"),
+        ([(0.027, 1.1)], None),  # the device decides, and there it is slower
+        ([(0.027, None)], "with 1.5 MiB of workspace graph:eng1 (FMA_MATH) would be 10.0 % faster"),
+        ([(0.031, None)], None),
+        ([(0.030, 0.99999)], None),  # it would read 0.0 %
+        (
+            [(0.020, 0.9), (0.031, 0.8)],
+            "with 1.5 MiB of workspace graph:eng2 (FMA_MATH) would be 20.0 % faster",
+        ),
+    ],
+)
+def test_what_a_larger_workspace_would_bring_is_told_by_the_time_that_decides(
+    limited: list[tuple[float, float | None]], words: str | None
+) -> None:
+    candidates = timed((0.030, 1.0), *limited, workspace_bytes=3 * MIB // 2)
+    objections = (None, *["its workspace is over workspace_limit 1.0 MiB"] * len(limited))
+    selection = Selection(FakeProblem(), tuple(candidates), 0, objections, "measured")  # type: ignore[arg-type]
+    _, _, told = str(selection).partition("; ")
+    assert told == (words or "")
 
 
 def test_a_larger_limit_measures_what_the_smaller_left_out(

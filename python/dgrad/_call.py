@@ -105,6 +105,7 @@ class Call:
         "_dtype",
         "_format",
         "_may_fall_back",
+        "_native_runs",
         "_out_shape",
         "_parts",
         "_reason",
@@ -173,6 +174,7 @@ class Call:
             for start in range(0, images, step)
         ]
         self._single = self._parts[0][0] if len(self._parts) == 1 else None
+        self._native_runs = 0
 
     def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._reason is not None:
@@ -204,6 +206,12 @@ class Call:
                 torch.empty_strided, self._out_shape, out.stride(), dtype=self._dtype, device="cuda"
             )
         return self._single.ready(make_out, recipe)
+
+    def ran_natively(self) -> bool:
+        """Whether native code has run such a call since this was last asked."""
+        use, before = None if self._single is None else self._single.use, self._native_runs
+        self._native_runs = 0 if use is None else use.native_runs
+        return self._native_runs != before
 
     def _run(self, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         if self._copies_a:

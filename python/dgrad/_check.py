@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from ._core import Problem
 
+WRONG = "its result is not that of the first candidate"
+
 # Relative norms. Wrong engines are off by far more, right ones by far less.
 _TRUSTED = {"float16": 0.05, "bfloat16": 0.05, "tf32": 0.05, "float32": 1e-3, "float64": 1e-9}
 
@@ -63,10 +65,7 @@ class Check:
         if overflows or not math.isfinite(norm):
             return
         if not error <= self._limit * norm + self._least:
-            raise ValueError(
-                "its result is not that of the first candidate: "
-                f"{error / (norm or 1):.2g} apart (relative norm)"
-            )
+            raise ValueError(f"{WRONG}: {error / (norm or 1):.2g} apart (relative norm)")
 
     def _largest(self) -> float:
         assert self._kept is not None

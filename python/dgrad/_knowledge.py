@@ -1,21 +1,53 @@
-"""What is known of each problem in this process: candidates, their times, what has run."""
+"""What is known of each problem in this process: candidates, their times, what has run.
+
+Note [Doubt]
+An entry of the store may be well formed and still withhold what can run, by mistake or on purpose:
+it can leave candidates out, call them not deterministic, or give reasons against them, also for
+the same problem in the other precision. So where none may run of what the store has told of, or
+one that a flag names is missing, cuDNN is asked for the candidates as if nothing were stored, once
+for each problem. Known times stay. What cuDNN does not name does not run any more, and the store
+is not read again for this problem. Once something has run thanks to that, the entry is replaced,
+with a warning.
+"""
 
 from __future__ import annotations
 
-import pickle
 import threading
-import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import store
 from ._cache import BoundedCache
 from ._candidates import gather, other_precision
+from ._check import WRONG
+from ._pack import pack, unpack
+from ._stored import UNNAMED
 from .config import Policy
 from .selection import Candidate
 
 if TYPE_CHECKING:
     from ._core import Problem, UseCount
+
+
+class Use:
+    """What runs a problem under one policy, and how often it did: by Python and by native code."""
+
+    __slots__ = ("chosen", "native", "runs", "source")
+
+    def __init__(self, chosen: int, source: str) -> None:
+        self.chosen = chosen  # its index
+        self.source = source
+        self.runs = 0
+        self.native: UseCount | None = None
+
+    @property
+    def native_runs(self) -> int:
+        return 0 if self.native is None else self.native.count
+
+    @property
+    def count(self) -> int:
+        return self.runs + self.native_runs
 
 
 class Knowledge:
@@ -29,29 +61,24 @@ class Knowledge:
         "_candidates",
         "_lock",
         "_packed",
+        "believed",
+        "doubted",
         "measuring",
         "problem",
         "ran",
-        "ready_uses",
-        "runs",
         "source",
     )
 
     def __init__(self, problem: Problem, candidates: list[Candidate], source: str) -> None:
         self.problem = problem
         self.source = source  # of the times: "stored" or "measured"
-        self.ran: dict[Policy, tuple[int, str]] = {}  # what has run: its index, the source
-        self.runs = 0  # by Python; native code counts its own
-        self.ready_uses: UseCount | None = None
+        self.believed = source == "stored"  # whether something of it was read from the store
+        self.doubted: str | None = None  # the entry in spite of which cuDNN was asked: Note [Doubt]
+        self.ran: dict[Policy, Use] = {}
         self.measuring = threading.Lock()  # so that one thread measures
         self._candidates: list[Candidate] | None = candidates
-        self._packed = b""
+        self._packed = b""  # the same in few bytes, or empty where they have changed
         self._lock = threading.Lock()
-
-    @property
-    def uses(self) -> int:
-        """How often the problem was run."""
-        return self.runs + (0 if self.ready_uses is None else self.ready_uses.count)
 
     @property
     def candidates(self) -> list[Candidate]:
@@ -61,16 +88,17 @@ class Knowledge:
 
     def _unpacked(self) -> list[Candidate]:
         if self._candidates is None:
-            self._candidates = pickle.loads(zlib.decompress(self._packed))
-            self._packed = b""
-        assert self._candidates is not None
+            self._candidates = unpack(self._packed)
         return self._candidates
+
+    def _replace(self, candidates: list[Candidate]) -> None:
+        self._candidates, self._packed = candidates, b""
 
     def pack(self) -> None:
         """Keep the candidates in few bytes until they are next looked at."""
         with self._lock:
             if self._candidates is not None:
-                self._packed = zlib.compress(pickle.dumps(self._candidates), 1)
+                self._packed = self._packed or pack(self._candidates)
                 self._candidates = None
 
     def update(self, index: int, **changes: Any) -> Candidate:
@@ -79,6 +107,7 @@ class Knowledge:
             candidates = self._unpacked()
             candidate = replace(candidates[index], **changes)
             candidates[index] = candidate
+            self._replace(candidates)
             return candidate
 
     def add(self, candidate: Candidate) -> int:
@@ -86,14 +115,33 @@ class Knowledge:
         with self._lock:
             candidates = self._unpacked()
             candidates.append(candidate)
+            self._replace(candidates)
             return len(candidates) - 1
 
     def refresh(self) -> None:
         """Take over what has become known elsewhere; each index stays as it is."""
-        stored = store.read(self.problem)
+        stored = store.read(self.problem) if self.doubted is None else None
         if stored:
             self._take(stored)
         self._borrow()
+
+    def lacks(self, names: Sequence[str]) -> bool:
+        """Whether one of these candidates or providers is not among the candidates."""
+        known = {name for c in self.candidates for name in (c.name, c.provider)}
+        return not known.issuperset(names)
+
+    def ask_again(self) -> bool:
+        """Ask cuDNN for the candidates if the store has told of them: see Note [Doubt].
+
+        Returns whether that was done, now or just before by another thread.
+        """
+        with self.measuring:
+            if self.believed and self.doubted is None:
+                named = gather(self.problem)
+                with self._lock:
+                    self._replace(_named(self._unpacked(), named))
+                self.doubted = store.entry_of(self.problem)
+            return self.doubted is not None
 
     def _take(self, stored: list[Candidate]) -> None:
         """Take over what another process has stored."""
@@ -103,7 +151,8 @@ class Knowledge:
             found = [_merged(c, known.pop((c.engine, c.bias), c)) for c in candidates]
             found += known.values()
             if found != candidates:
-                self._candidates, self.source = found, "stored"
+                self._replace(found)
+                self.source, self.believed = "stored", True
 
     def _borrow(self) -> None:
         """Take over what is known of the same float32 problem in the other precision: times, and
@@ -113,28 +162,30 @@ class Knowledge:
             return
         known = _telling(lender.candidates)
         lender.pack()
-        strict = not self.problem.tf32
+        fails_too = not self.problem.tf32 and self.doubted is None
         with self._lock:
             candidates = self._unpacked()
-            found = [_taught(c, known.get((c.engine, c.bias), c), strict) for c in candidates]
+            found = [_taught(c, known.get((c.engine, c.bias), c), fails_too) for c in candidates]
             if not any(c.time_ms for c in found):  # the budget was spent on others: these are due
                 found = [
                     replace(f, skipped=c.skipped) for f, c in zip(found, candidates, strict=True)
                 ]
             if not any(c.time_ms for c in candidates):
                 self.source = lender.source
-            self._candidates = found
+            self.believed = self.believed or lender.believed
+            self._replace(found)
 
-    def has_run(self, policy: Policy, chosen: int, source: str) -> bool:
-        """Note what runs under a policy; whether that is new."""
-        run = (chosen, source)
+    def has_run(self, policy: Policy, chosen: int, source: str) -> tuple[Use, bool]:
+        """Note what runs under a policy; the note that counts it, and whether that is new."""
+        use = Use(chosen, source)
         with self._lock:
-            return self.ran.setdefault(policy, run) is run
+            kept = self.ran.setdefault(policy, use)
+        return kept, kept is use
 
     def forget(self, policy: Policy | None = None, chosen: int | None = None) -> None:
         """Forget what ran under a policy, or what chose a candidate."""
         with self._lock:
-            self.ran = {p: r for p, r in self.ran.items() if p != policy and r[0] != chosen}
+            self.ran = {p: u for p, u in self.ran.items() if p != policy and u.chosen != chosen}
 
 
 def _telling(candidates: list[Candidate]) -> dict[object, Candidate]:
@@ -153,7 +204,30 @@ def _merged(ours: Candidate, stored: Candidate) -> Candidate:
     return stored
 
 
-def _taught(candidate: Candidate, same: Candidate, strict: bool) -> Candidate:
+def _named(known: list[Candidate], named: list[Candidate]) -> list[Candidate]:
+    """What cuDNN names, with the times that are known; each index stays as it is."""
+    new = {(c.engine, c.bias): c for c in named}
+    engines, passes = {c.engine for c in named}, {c.bias for c in named}
+    found = []
+    for candidate in known:
+        asked = new.pop((candidate.engine, candidate.bias), None)
+        if asked is not None:
+            candidate = _asked(candidate, asked)
+        elif candidate.engine not in engines or candidate.bias not in passes:
+            candidate = replace(candidate, rejected=UNNAMED, out_of_memory=False)
+        found.append(candidate)
+    return [*found, *new.values()]
+
+
+def _asked(known: Candidate, asked: Candidate) -> Candidate:
+    """What cuDNN says of a candidate, with its times. It does not say that a result is wrong."""
+    if known.out_of_memory or (known.rejected or "").startswith(WRONG):
+        return known
+    times = {name: getattr(known, name) for name in ("time_ms", "device_ms", "skipped")}
+    return replace(asked, **times)
+
+
+def _taught(candidate: Candidate, same: Candidate, fails_too: bool) -> Candidate:
     """A candidate with what is known of the same one in the other precision."""
     if candidate.rejected is not None or candidate.time_ms is not None:
         return candidate
@@ -161,7 +235,7 @@ def _taught(candidate: Candidate, same: Candidate, strict: bool) -> Candidate:
         return replace(
             candidate, time_ms=same.time_ms, device_ms=same.device_ms, skipped=same.skipped
         )
-    lasting = strict and not same.out_of_memory
+    lasting = fails_too and not same.out_of_memory
     return replace(candidate, rejected=same.rejected) if lasting else candidate
 
 

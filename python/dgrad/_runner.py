@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from . import _loader, config, log, store
 from ._candidates import make_plan, other_precision, pass_operation, with_best_pass
 from ._check import Check
-from ._knowledge import knowledge_of
+from ._knowledge import Use, knowledge_of
 from ._refusal import nothing_usable, reason
 from ._watch import note, profiling, watchers
 from .config import Policy
@@ -27,7 +27,7 @@ from .exceptions import (
     TorchOutOfMemoryError,
 )
 from .measure import Contestant, measure
-from .planner import objection, preference, selection_of
+from .planner import objection, preference, selection_of, source_of, untimed
 from .selection import ADD, FUSED, Selection
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Runner:
     """
 
     __slots__ = (
-        "_announced",
         "_bias",
+        "_corrects",
         "_device",
         "_index",
         "_knowledge",
@@ -61,6 +61,7 @@ class Runner:
         "_provisional",
         "_repeats",
         "_timing",
+        "use",
     )
 
     def __init__(self, problem: Problem, policy: Policy) -> None:
@@ -70,7 +71,9 @@ class Runner:
         self._timing = policy._replace(deterministic=False)
         self._device = torch.device("cuda", problem.device)
         self._plan: Plan | None = None
+        self.use: Use | None = None  # of what was announced, to count it
         self._provisional = False
+        self._corrects = False  # whether what runs was withheld by the store
         # How often a pass for the bias wants it repeated: once for each image.
         self._repeats = problem.x[0] if pass_operation(problem) == "bias_rows" else 1
 
@@ -86,7 +89,7 @@ class Runner:
         """
         while True:
             if self._plan is None or self._provisional:
-                self._choose(x, w, y, bias)
+                self._choose((x, w, y, bias))
             assert self._plan is not None
             try:
                 if profiling():
@@ -100,9 +103,9 @@ class Runner:
                 self._reject(self._index, error)
                 self._plan = None
                 continue
-            self._knowledge.runs += 1
-            if not self._announced:
-                self._announce()
+            if self.use is None:
+                self.use = self._announce()
+            self.use.runs += 1
             if watchers:
                 note(self.selection())
                 self._knowledge.pack()
@@ -144,11 +147,11 @@ class Runner:
 
     def ready(self, make_out: Callable[[], Tensor], recipe: object) -> ReadyCall | None:
         """What native code needs to run this as it last ran, or None if that is not settled."""
-        if self._plan is None or self._provisional or not self._announced:
+        if self._plan is None or self._provisional or self.use is None:
             return None
-        core, knowledge, size = _loader.require(), self._knowledge, self._plan.workspace_bytes
-        if knowledge.ready_uses is None:
-            knowledge.ready_uses = core.UseCount()
+        core, use, size = _loader.require(), self.use, self._plan.workspace_bytes
+        if use.native is None:
+            use.native = core.UseCount()
         by_cudnn = self._problem.bias and self._bias != ADD
         repeated = by_cudnn and self._bias != FUSED and self._repeats > 1
         call: ReadyCall = core.ReadyCall(
@@ -161,20 +164,31 @@ class Runner:
             enter_bias=methodcaller("repeat", self._repeats) if repeated else None,
             plan_reads_bias=by_cudnn,
             pytorch_adds_bias=self._bias == ADD,
-            uses=knowledge.ready_uses,
+            uses=use.native,
             recipe=recipe,
         )
         return call
 
-    def _choose(self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None) -> None:
-        problem, policy = self._problem, self._policy
-        self._knowledge = knowledge = knowledge_of(problem)
+    def _choose(self, tensors: Tensors) -> None:
+        self._knowledge = knowledge = knowledge_of(self._problem)
+        wanted = self._policy.wanted(self._problem.direction)
+        may_ask, lacking = knowledge.doubted is None, knowledge.lacks(wanted)
+        if (may_ask and lacking) or not self._settle(tensors):
+            if may_ask and knowledge.ask_again():
+                self._corrects = not (lacking and knowledge.lacks(wanted))
+            if not self._settle(tensors):
+                self._corrects = False
+                raise nothing_usable(knowledge, self._policy)
+
+    def _settle(self, tensors: Tensors) -> bool:
+        """Choose, measuring what is missing; whether there is something to run."""
+        problem, policy, knowledge = self._problem, self._policy, self._knowledge
         missing = self._untimed()
         self._provisional = bool(missing) and torch.cuda.is_current_stream_capturing()
         if self._provisional and self._plan is not None:
-            return
+            return True
         if missing and not self._provisional:
-            self._complete((x, w, y, bias))
+            self._complete(tensors)
         for index in preference(knowledge.candidates, problem.direction, policy):
             try:
                 plan = self._make_plan(index)
@@ -185,12 +199,12 @@ class Runner:
             if objection(candidate, problem.direction, policy) is not None:
                 continue  # the plan knows a larger workspace than the heuristic did
             self._index, self._plan, self._bias = index, plan, candidate.bias
-            self._announced = policy in knowledge.ran
+            self.use = None if self._corrects else knowledge.ran.get(policy)
             if self._provisional:
                 log.captured(problem)
             knowledge.pack()
-            return
-        raise nothing_usable(self._knowledge, self._policy)
+            return True
+        return False
 
     def _complete(self, tensors: Tensors) -> None:
         """Measure what is missing, unless another thread or process does so first."""
@@ -219,20 +233,7 @@ class Runner:
             log.not_measured(other._problem, error)
 
     def _untimed(self) -> list[int]:
-        """The candidates to time before this policy can choose."""
-        policy, candidates = self._timing, self._knowledge.candidates
-        direction = self._problem.direction
-        if policy.selection == "heuristic" or policy.forces(direction):
-            return []
-        usable = preference(candidates, direction, policy)
-        if len(usable) < 2:
-            return []
-        again = policy.selection == "exhaustive"
-        return sorted(
-            i
-            for i in usable
-            if candidates[i].time_ms is None and (again or not candidates[i].skipped)
-        )
+        return untimed(self._knowledge.candidates, self._problem.direction, self._timing)
 
     def _make_plan(self, index: int) -> Plan:
         candidate = self._knowledge.candidates[index]
@@ -334,15 +335,15 @@ class Runner:
         return selection_of(self._knowledge, self._policy, self._index, self._source())
 
     def _source(self) -> str:
-        candidate = self._knowledge.candidates[self._index]
-        if self._policy.forces(self._problem.direction):
-            return "forced"
-        if self._policy.selection == "heuristic" or candidate.time_ms is None:
-            return "heuristic"
-        return self._knowledge.source
+        return source_of(self._knowledge, self._policy, self._index)
 
-    def _announce(self) -> None:
-        self._announced = True
-        if self._knowledge.has_run(self._policy, self._index, self._source()):
+    def _announce(self) -> Use:
+        use, new = self._knowledge.has_run(self._policy, self._index, self._source())
+        if new:
             log.selected(self.selection(), self._policy)
+        entry = self._knowledge.doubted
+        if self._corrects and entry is not None:
+            store.correct(entry, self._problem, self._knowledge.candidates)
+            self._corrects = False
         self._knowledge.pack()
+        return use

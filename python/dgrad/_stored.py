@@ -27,6 +27,7 @@ _MAX_CANDIDATES = 256
 _MAX_TEXT = 300
 _ENGINE = re.compile(r"eng[0-9]{1,9}(_k[0-9]{1,9}=-?[0-9]{1,9}){0,64}")
 _ATOMIC = {("dgrad", "ALGO_0"), ("wgrad", "ALGO_0"), ("wgrad", "ALGO_3")}  # add up in any order
+UNNAMED = "cuDNN does not name it"  # the reason against what only a spoiled entry has
 MATH_TYPES = ("DEFAULT_MATH", "TENSOR_OP_MATH", "TENSOR_OP_MATH_ALLOW_CONVERSION", "FMA_MATH")
 
 

@@ -41,6 +41,9 @@ class _Prepared(NamedTuple):
     size: Pair
     appended: Pair
 
+    def ran_natively(self) -> bool:
+        return self.call is not None and self.call.ran_natively()
+
 
 def conv_transpose2d(
     input: Tensor,

@@ -34,6 +34,7 @@ class PlanCache(BoundedCache[Any, Any]):
         self.exchange: object = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
         # The calls that native code knows whole; None until there is one.
         self.ready: ReadyCalls | None = None
+        self._ready_hits = 0  # when native code was last asked what it ran
 
     @property
     def hits(self) -> int:
@@ -63,8 +64,16 @@ class PlanCache(BoundedCache[Any, Any]):
 
     def _trim(self) -> None:
         if len(self._entries) > self._max_size and self.ready is not None:
+            self._note_native_use(self.ready.hits)
             self.ready.clear()
         super()._trim()
+
+    def _note_native_use(self, hits: int) -> None:
+        """Count what native code ran as used now: it does so without this cache."""
+        if hits != self._ready_hits:
+            self._ready_hits = hits
+            for key in [key for key, entry in self._entries.items() if entry.ran_natively()]:
+                self._entries.move_to_end(key)
 
     def clear(self) -> None:
         """Forget all plans and all that was learned of their problems; the store stays."""
@@ -149,6 +158,19 @@ def _within(factor: float, times: dict[int, float]) -> list[int]:
     return [i for i, time in times.items() if time <= limit]
 
 
+def untimed(candidates: list[Candidate], direction: str, policy: Policy) -> list[int]:
+    """The candidates to time before ``policy`` can choose."""
+    if policy.selection == "heuristic" or policy.forces(direction):
+        return []
+    usable = preference(candidates, direction, policy)
+    if len(usable) < 2:
+        return []
+    again = policy.selection == "exhaustive"
+    return sorted(
+        i for i in usable if candidates[i].time_ms is None and (again or not candidates[i].skipped)
+    )
+
+
 def selection_of(knowledge: Knowledge, policy: Policy, chosen: int, source: str) -> Selection:
     candidates = tuple(knowledge.candidates)
     direction = knowledge.problem.direction
@@ -161,11 +183,20 @@ def selection_of(knowledge: Knowledge, policy: Policy, chosen: int, source: str)
     )
 
 
+def source_of(knowledge: Knowledge, policy: Policy, chosen: int) -> str:
+    """Where a choice comes from, as :class:`Selection` has it."""
+    if policy.forces(knowledge.problem.direction):
+        return "forced"
+    if policy.selection == "heuristic" or knowledge.candidates[chosen].time_ms is None:
+        return "heuristic"
+    return knowledge.source
+
+
 def selections() -> list[tuple[Selection, int]]:
-    """All selections of this process that have run, each with how often its problem was run."""
+    """All selections of this process that have run, each with how often it was run."""
     found = []
     for knowledge in everything():
-        for policy, (chosen, source) in list(knowledge.ran.items()):
-            found.append((selection_of(knowledge, policy, chosen, source), knowledge.uses))
+        for policy, use in list(knowledge.ran.items()):
+            found.append((selection_of(knowledge, policy, use.chosen, use.source), use.count))
         knowledge.pack()
     return found

@@ -31,6 +31,8 @@ FUSED = "fused"  # by the engine that convolves
 ADD = "add"  # by PyTorch
 IDENTITY = "+identity"  # ends the name of an engine that runs a convolution and a copy as one
 
+_FASTER = 0.9995  # times closer than this are shown as the same
+
 
 def format_bytes(count: int) -> str:
     """A size as people read it: 0 B, 512 B, 1.5 MiB, 4.0 GiB."""
@@ -109,7 +111,9 @@ def _percent_slower(time_ms: float, than_ms: float) -> str:
     percent = (time_ms / than_ms - 1) * 100
     if percent < 0:
         return f"{-percent:.1f} % faster"
-    return f"{percent:.1f} % slower" if percent < 1000 else f"{percent / 100 + 1:.0f} times"
+    if percent < 1000:
+        return f"{percent:.1f} % slower"
+    return f"{percent / 100 + 1:.0f} times slower"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,23 +186,28 @@ class Selection:
 
     def _over_limit(self) -> str:
         """What a larger workspace_limit would bring, where that was measured."""
-        chosen = self.candidate
-        faster = [
-            candidate
+        ratios = {
+            candidate: ratio
             for candidate, objection in zip(self.candidates, self.objections, strict=True)
             if objection is not None
+            and candidate.rejected is None
             and "workspace_limit" in objection
-            and candidate.time_ms is not None
-            and chosen.time_ms is not None
-            and candidate.time_ms < chosen.time_ms
-        ]
-        if not faster:
+            and (ratio := self._ratio(candidate)) is not None
+        }
+        best = min(ratios, key=ratios.__getitem__, default=None)
+        if best is None or ratios[best] > _FASTER:
             return ""
-        best = min(faster, key=lambda candidate: candidate.time_ms or 0.0)
-        return (
-            f"; with {format_bytes(best.workspace_bytes)} of workspace {best} would take "
-            f"{format_ms(best.time_ms or 0.0)}"
-        )
+        size = format_bytes(best.workspace_bytes)
+        return f"; with {size} of workspace {best} would be {_percent_slower(ratios[best], 1.0)}"
+
+    def _ratio(self, candidate: Candidate) -> float | None:
+        """The candidate's time over the chosen one's: on the device where both were timed there."""
+        chosen = self.candidate
+        if candidate.device_ms is not None and chosen.device_ms is not None:
+            return candidate.device_ms / chosen.device_ms
+        if candidate.time_ms is not None and chosen.time_ms is not None:
+            return candidate.time_ms / chosen.time_ms
+        return None
 
     def __str__(self) -> str:
         chosen = self.candidate

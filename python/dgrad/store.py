@@ -31,9 +31,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _loader, log
+from ._candidates import other_precision
 from ._claim import claimed
 from ._stored import (
     MAX_BYTES,
+    UNNAMED,
     canonical,
     decode,
     durable,
@@ -96,7 +98,7 @@ def write(problem: Problem, candidates: Sequence[Candidate]) -> None:
     which none may run are not remembered: what failed them all may not last either.
     """
     root = path()
-    kept = [durable(candidate) for candidate in candidates]
+    kept = [durable(candidate) for candidate in candidates if candidate.rejected != UNNAMED]
     if root is None or all(candidate.rejected is not None for candidate in kept):
         return
     try:
@@ -106,6 +108,20 @@ def write(problem: Problem, candidates: Sequence[Candidate]) -> None:
         log.warn_once(str(problem), "the selection for %s is not stored: it %s", problem, error)
     except OSError as error:
         log.warn_once(str(root), "selections are not stored in %r: %s", str(root), error)
+
+
+def entry_of(problem: Problem) -> str:
+    """The file that tells of a problem: its own, or where there is none the other precision's."""
+    folder = (path() or Path()) / _folder_name(problem.device)
+    same = [problem, other_precision(problem)] if problem.dtype == "float32" else [problem]
+    files = [str(folder / file_name(each)) for each in same]
+    return next(filter(os.path.lexists, files), files[0])
+
+
+def correct(entry: str, problem: Problem, candidates: Sequence[Candidate]) -> None:
+    """Write the entry of a problem that an entry withheld candidates of, with one warning."""
+    log.warn_once(entry, "the stored selection %r withheld what can run: it is replaced", entry)
+    write(problem, candidates)
 
 
 @contextmanager
