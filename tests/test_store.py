@@ -438,7 +438,7 @@ def test_a_folder_is_named_by_gpu_cudnn_and_format(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(_loader, "cudnn_version", lambda: "9.12.0")
     assert folder_name_of_device(0) == folder
-    assert store._FOLDER.fullmatch(folder)
+    assert _stored.FOLDER.fullmatch(folder)
 
 
 def test_another_gpu_and_another_cudnn_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:

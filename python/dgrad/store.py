@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import builtins  # `list` is a public name of this module
 import errno
-import json
 import os
 import re
 import secrets
-import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -33,16 +31,18 @@ import torch
 from . import _loader, log
 from ._candidates import other_precision
 from ._claim import claimed
+from ._export import entries_of, exported
+from ._files import make_own, put, read_own, require_own
 from ._stored import (
+    FOLDER,
+    FORMAT,
     MAX_BYTES,
     UNNAMED,
-    canonical,
     decode,
     durable,
     encode,
     file_name,
     text_of,
-    to_json,
     validated,
 )
 from .selection import Candidate
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
     Candidates = builtins.list[Candidate]
 
-_FORMAT = 3  # another one where a stored candidate gets another meaning
-_FOLDER = re.compile(rf"[A-Za-z0-9.-]{{1,100}}_sm[0-9]{{2,4}}_cudnn-[0-9.]{{5,20}}_v{_FORMAT}")
 _FILE = re.compile(r"[0-9a-f]{32}\.json")
 _PASSING = re.compile(r"\.[0-9a-f]{32}\.json\.([0-9a-f]{16}\.tmp|lock)")  # not for long there
 _STALE_S = 3600.0  # one of these that is so old was left by a process that died
@@ -136,7 +134,7 @@ def claim(problem: Problem) -> Iterator[None]:
     if root is not None:
         folder = root / _folder_name(problem.device)
         with suppress(OSError):  # writing will warn of it
-            _make_own(folder)
+            make_own(folder)
             lock = folder / f".{file_name(problem)}.lock"
     with nullcontext() if lock is None else claimed(lock):
         yield
@@ -166,11 +164,10 @@ def export(file: str | os.PathLike[str]) -> int:
     Raises:
         OSError: the file cannot be written. RuntimeError: the store is off, or no cuDNN is here.
     """
-    folders: dict[str, builtins.list[Any]] = {}
-    for entry, problem, candidates in _entries(_require_path()):
-        folders.setdefault(entry.parent.name, []).append(to_json(problem, candidates))
-    Path(file).write_text(json.dumps({"format": _FORMAT, "folders": folders}) + "\n")
-    return sum(map(len, folders.values()))
+    entries = _entries(_require_path())
+    data, count = exported((entry.parent.name, p, candidates) for entry, p, candidates in entries)
+    Path(file).write_bytes(data)
+    return count
 
 
 def load(file: str | os.PathLike[str]) -> int:
@@ -186,9 +183,12 @@ def load(file: str | os.PathLike[str]) -> int:
         RuntimeError: the store is off, or there is no cuDNN here.
     """
     root = _require_path()
-    checked = [*_exported(Path(file))]
+    checked = [
+        (root / folder, file_name(problem), encode(problem, candidates))
+        for folder, problem, candidates in entries_of(Path(file))
+    ]
     for folder, name, data in checked:
-        _save(root / folder, name, data)
+        _save(folder, name, data)
     return len(checked)
 
 
@@ -222,7 +222,7 @@ def _folder_name(device: int) -> str:
     """What the times of a device hold for. Its index is no part of it."""
     gpu = torch.cuda.get_device_properties(device)
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", gpu.name)[:100]
-    return f"{name}_sm{gpu.major}{gpu.minor}_cudnn-{_loader.cudnn_version()}_v{_FORMAT}"
+    return f"{name}_sm{gpu.major}{gpu.minor}_cudnn-{_loader.cudnn_version()}_v{FORMAT}"
 
 
 def _require_path() -> Path:
@@ -232,26 +232,10 @@ def _require_path() -> Path:
     return root
 
 
-def _require_own(folder: Path) -> None:
-    """PermissionError for another user's folder: who can write it chooses what runs here."""
-    owner = os.stat(folder).st_uid
-    if owner != os.geteuid():
-        raise PermissionError(errno.EPERM, f"The folder belongs to user {owner}", str(folder))
-
-
-def _make_own(folder: Path) -> None:
-    """Make a folder and its root where they are missing. OSError if that cannot be."""
-    for each in (folder.parent, folder):
-        for missing in reversed([p for p in (each, *each.parents) if not p.exists()]):
-            with suppress(FileExistsError):  # another process was first
-                missing.mkdir(mode=0o700)
-        _require_own(each)
-
-
 def _trusted(folder: Path) -> bool:
     """Whether a folder is there and is the user's own; one warning if it is not to be used."""
     try:
-        _require_own(folder)
+        require_own(folder)
     except OSError as error:
         if error.errno not in _ABSENT:
             log.warn_once(str(path()), "selections in %r are not used: %s", str(folder), error)
@@ -261,7 +245,7 @@ def _trusted(folder: Path) -> bool:
 
 def _folders(root: Path | None) -> builtins.list[Path]:
     names = sorted(os.listdir(root)) if root and _trusted(root) else []
-    found = [Path(root or "", name) for name in names if _FOLDER.fullmatch(name)]
+    found = [Path(root or "", name) for name in names if FOLDER.fullmatch(name)]
     return [folder for folder in found if _trusted(folder)]
 
 
@@ -276,7 +260,7 @@ def _entries(root: Path | None) -> Iterator[tuple[Path, Problem, Candidates]]:
 def _read_entry(file: Path, problem: Problem | None = None) -> tuple[Problem, Candidates] | None:
     """The content of a file, or None: with one warning, unless there is no file."""
     try:
-        found = validated(decode(_read_file(file)), problem)
+        found = validated(decode(read_own(file, MAX_BYTES + 1)), problem)
         if file.name != file_name(found[0]):
             raise ValueError("is for another problem")
         return found
@@ -288,33 +272,10 @@ def _read_entry(file: Path, problem: Problem | None = None) -> tuple[Problem, Ca
     return None
 
 
-def _read_file(file: Path) -> bytes:
-    # Neither a link nor a pipe that nobody writes to may lead or hold the reader elsewhere.
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is not a regular file")
-        if status.st_uid != os.geteuid():
-            raise ValueError(f"belongs to user {status.st_uid}")
-        return os.read(descriptor, MAX_BYTES + 1)
-    finally:
-        os.close(descriptor)
-
-
 def _save(folder: Path, name: str, data: bytes) -> None:
     """Put a file into place. Raises OSError, and leaves nothing then."""
-    _make_own(folder)
-    temporary = folder / f".{name}.{secrets.token_hex(8)}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        with open(descriptor, "wb") as stream:
-            stream.write(data)
-        os.replace(temporary, folder / name)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    make_own(folder)
+    put(folder / f".{name}.{secrets.token_hex(8)}.tmp", folder / name, data, 0o600)
     if folder not in _swept:
         _swept.add(folder)
         with suppress(OSError):
@@ -326,24 +287,3 @@ def _sweep(folder: Path) -> None:
     for name in filter(_PASSING.fullmatch, os.listdir(folder)):
         if time.time() - os.lstat(folder / name).st_mtime > _STALE_S:
             (folder / name).unlink(missing_ok=True)
-
-
-def _exported(file: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Folder, file name and content of each entry of an export; ValueError if one is bad."""
-    try:
-        content = json.loads(file.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not an export of the store: {error!s:.200}") from None
-    if type(content) is not dict or content.keys() != {"format", "folders"}:
-        raise ValueError(f"{file} is not an export of the store")
-    if canonical(content["format"]) != str(_FORMAT) or type(content["folders"]) is not dict:
-        raise ValueError(f"{file} is not an export of format {_FORMAT}")
-    for folder, entries in content["folders"].items():
-        if not _FOLDER.fullmatch(folder) or type(entries) is not builtins.list:
-            raise ValueError(f"{file} has entries of {folder!r:.200}, which is no GPU and cuDNN")
-        for number, entry in enumerate(entries):
-            try:
-                problem, candidates = validated(entry)
-                yield folder, file_name(problem), encode(problem, candidates)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}: entry {number} of {folder} {error}") from None
