@@ -43,3 +43,21 @@ def entries_of(file: Path) -> Iterator[tuple[str, Problem, list[Candidate]]]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}: entry {number} of {folder} {error}") from None
             yield folder, problem, candidates
+
+
+def joined(problem: Problem, stored: list[Candidate], loaded: list[Candidate]) -> bytes:
+    """The bytes of two entries of a problem as one."""
+    try:
+        return encode(problem, _joined(stored, loaded))
+    except ValueError:  # too many, or none of them may run: the loaded ones stand for themselves
+        return encode(problem, loaded)
+
+
+def _joined(stored: list[Candidate], loaded: list[Candidate]) -> list[Candidate]:
+    """What one of them tells of each candidate, and where both do, the loaded one."""
+    known, new = ({(c.engine, c.bias): c for c in each} for each in (stored, loaded))
+    order = {**new, **known} if len(new) >= len(known) else {**known, **new}  # cuDNN's
+    for which, candidate in new.items():
+        tells = candidate.time_ms is not None or candidate.rejected is not None
+        order[which] = candidate if tells or which not in known else known[which]
+    return [*order.values()]

@@ -31,7 +31,7 @@ import torch
 from . import _loader, log
 from ._candidates import other_precision
 from ._claim import claimed
-from ._export import entries_of, exported
+from ._export import entries_of, exported, joined
 from ._files import make_own, put, read_own, require_own
 from ._stored import (
     FOLDER,
@@ -161,21 +161,32 @@ def list() -> builtins.list[dict[str, Any]]:
 def export(file: str | os.PathLike[str]) -> int:
     """Write all entries, of every GPU and cuDNN, to one JSON file; the number of entries.
 
+    The file is replaced whole or stays as it was; a pipe or a device is written to.
+
     Raises:
         OSError: the file cannot be written. RuntimeError: the store is off, or no cuDNN is here.
     """
     entries = _entries(_require_path())
     data, count = exported((entry.parent.name, p, candidates) for entry, p, candidates in entries)
-    Path(file).write_bytes(data)
+    target = Path(file)
+    if target.exists() and not target.is_file():
+        target.write_bytes(data)
+        return count
+    target = Path(os.path.realpath(target))  # where it is a link, that stays
+    try:
+        put(target.with_name(f".{secrets.token_hex(8)}.tmp"), target, data, 0o666)
+    except OSError as error:  # of the temporary file, which nobody has heard of
+        raise type(error)(error.errno, error.strerror, os.fspath(file)) from None
     return count
 
 
 def load(file: str | os.PathLike[str]) -> int:
     """Add all entries of an exported file to the store; the number of entries.
 
-    An entry replaces a stored one of the same problem, GPU and cuDNN. Entries of another GPU or
-    cuDNN are kept for export and never used here. A process that knows a problem already keeps
-    what it knows until ``dgrad.plan_cache.clear()``.
+    An entry joins a stored one of the same problem, GPU and cuDNN: what only one of them tells of a
+    candidate stays, its time or why it cannot run, and where both do, the loaded one counts, as
+    entries have no date. Entries of another GPU or cuDNN are kept for export and never used here.
+    A process that knows a problem already keeps what it knows until ``dgrad.plan_cache.clear()``.
 
     Raises:
         ValueError: the file is no export, or an entry of it is not valid; nothing is added.
@@ -183,10 +194,12 @@ def load(file: str | os.PathLike[str]) -> int:
         RuntimeError: the store is off, or there is no cuDNN here.
     """
     root = _require_path()
-    checked = [
-        (root / folder, file_name(problem), encode(problem, candidates))
-        for folder, problem, candidates in entries_of(Path(file))
-    ]
+    checked = []
+    for name, problem, candidates in entries_of(Path(file)):
+        folder = root / name
+        stored = _read_entry(folder / file_name(problem), problem) if _trusted(folder) else None
+        data = joined(problem, stored[1] if stored else [], candidates)
+        checked.append((folder, file_name(problem), data))
     for folder, name, data in checked:
         _save(folder, name, data)
     return len(checked)
