@@ -158,8 +158,25 @@ def list() -> builtins.list[dict[str, Any]]:
     return found
 
 
+def spoiled() -> dict[str, str]:
+    """The files that :func:`list` leaves out, of every GPU and cuDNN, and what is wrong with each.
+
+    Raises:
+        OSError: a folder cannot be read. RuntimeError: there is no cuDNN here.
+    """
+    found = {}
+    for file in _files(path()):
+        try:
+            _checked(file, None)
+        except ValueError as error:
+            found[str(file)] = f"it {error}"
+    return found
+
+
 def export(file: str | os.PathLike[str]) -> int:
     """Write all entries, of every GPU and cuDNN, to one JSON file; the number of entries.
+
+    What cannot be used is left out: see :func:`spoiled`.
 
     The file is replaced whole or stays as it was; a pipe or a device is written to.
 
@@ -262,27 +279,41 @@ def _folders(root: Path | None) -> builtins.list[Path]:
     return [folder for folder in found if _trusted(folder)]
 
 
-def _entries(root: Path | None) -> Iterator[tuple[Path, Problem, Candidates]]:
+def _files(root: Path | None) -> Iterator[Path]:
     for folder in _folders(root):
-        for name in sorted(os.listdir(folder)):
-            entry = _read_entry(folder / name) if _FILE.fullmatch(name) else None
-            if entry is not None:
-                yield folder / name, *entry
+        for name in filter(_FILE.fullmatch, sorted(os.listdir(folder))):
+            yield folder / name
+
+
+def _entries(root: Path | None) -> Iterator[tuple[Path, Problem, Candidates]]:
+    for file in _files(root):
+        entry = _read_entry(file)
+        if entry is not None:
+            yield file, *entry
 
 
 def _read_entry(file: Path, problem: Problem | None = None) -> tuple[Problem, Candidates] | None:
     """The content of a file, or None: with one warning, unless there is no file."""
     try:
-        found = validated(decode(read_own(file, MAX_BYTES + 1)), problem)
-        if file.name != file_name(found[0]):
-            raise ValueError("is for another problem")
-        return found
-    except OSError as error:
-        if error.errno not in _ABSENT:
-            log.warn_once(str(file), "a stored selection cannot be read: %s", error)
-    except (ValueError, RecursionError) as error:
+        return _checked(file, problem)
+    except ValueError as error:
         log.warn_once(str(file), "the stored selection %r is not used: it %s", str(file), error)
     return None
+
+
+def _checked(file: Path, problem: Problem | None) -> tuple[Problem, Candidates] | None:
+    """The content of a file, None if there is none; ValueError if it is not to be used."""
+    try:
+        found = validated(decode(read_own(file, MAX_BYTES + 1)), problem)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise ValueError(f"cannot be read: {error}") from None
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if file.name != file_name(found[0]):
+        raise ValueError("is for another problem")
+    return found
 
 
 def _save(folder: Path, name: str, data: bytes) -> None:
