@@ -73,6 +73,33 @@ def test_store_moves_to_another_folder_and_is_forgotten(
     assert capsys.readouterr().out == f"1 entry written to {moved}\n"
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("action", ["list", "export"])
+def test_store_names_the_spoiled_entries_among_others(
+    stored: Any,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    action: str,
+    as_json: bool,
+) -> None:
+    file = Path(store.list()[0]["file"])
+    spoiled = [file.with_name(f"{number:032x}.json") for number in range(3)]
+    spoiled[0].write_text("{")
+    spoiled[1].write_bytes(file.read_bytes())
+    spoiled[2].write_text("[" * 5000)
+    arguments = [action, *([str(tmp_path / "all.json")] if action == "export" else [])]
+    assert main(["store", *arguments, *(["--json"] if as_json else [])]) == 0
+    out, err = capsys.readouterr()
+    assert "1 entry" in out or json.loads(out) in ({"exported": 1}, {"entries": store.list()})
+    first, *lines = err.splitlines()
+    assert first == f"store {action}: left out as spoiled: 3 entries"
+    assert [line.partition(": it ")[0] for line in lines] == [f"  {path}" for path in spoiled]
+    assert lines[1].endswith(": it is for another problem")
+    assert {*store.spoiled()} == {str(path) for path in spoiled}
+    assert main(["store", "forget"]) == 0
+    assert store.spoiled() == {}
+
+
 def test_store_says_its_folder_and_that_it_is_empty(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -438,7 +438,7 @@ def test_a_folder_is_named_by_gpu_cudnn_and_format(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(_loader, "cudnn_version", lambda: "9.12.0")
     assert folder_name_of_device(0) == folder
-    assert store._FOLDER.fullmatch(folder)
+    assert _stored.FOLDER.fullmatch(folder)
 
 
 def test_another_gpu_and_another_cudnn_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1318,15 +1318,130 @@ def test_exports_of_several_machines_merge(tmp_path: Path, monkeypatch: pytest.M
     assert store.list() == before
 
 
-def test_a_loaded_entry_replaces_the_stored_one(root: Path, tmp_path: Path) -> None:
+def load_over(
+    tmp_path: Path, stored: list[Candidate], loaded: list[Candidate]
+) -> list[Candidate] | None:
+    """What is read after one entry was loaded over another."""
     exported = tmp_path / "export.json"
-    store.write(make_problem(), CANDIDATES)
+    store.forget()
+    store.write(make_problem(), loaded)
     store.export(exported)
-    store.write(make_problem(), CANDIDATES[1:])
+    store.forget()
+    store.write(make_problem(), stored)
     store.write(numbered(1), CANDIDATES)
     assert store.load(exported) == 1
-    assert store.read(make_problem()) == CANDIDATES
     assert store.read(numbered(1)) == CANDIDATES
+    return store.read(make_problem())
+
+
+_FIRST, _SECOND, _THIRD = (Candidate("graph", f"eng{n}", "FMA_MATH", True, 64) for n in range(3))
+
+
+def timed(candidate: Candidate, time_ms: float) -> Candidate:
+    return replace(candidate, time_ms=time_ms, device_ms=time_ms / 2)
+
+
+FAILED = replace(_FIRST, rejected="it failed")
+
+
+@pytest.mark.parametrize(
+    ("stored", "loaded", "kept"),
+    [
+        (_FIRST, timed(_FIRST, 1.0), timed(_FIRST, 1.0)),
+        (timed(_FIRST, 1.0), _FIRST, timed(_FIRST, 1.0)),
+        (timed(_FIRST, 1.0), replace(_FIRST, skipped=True), timed(_FIRST, 1.0)),
+        (timed(_FIRST, 1.0), timed(_FIRST, 2.0), timed(_FIRST, 2.0)),  # entries have no date
+        (_FIRST, FAILED, FAILED),
+        (FAILED, _FIRST, FAILED),
+        (FAILED, timed(_FIRST, 1.0), timed(_FIRST, 1.0)),
+        (timed(_FIRST, 1.0), FAILED, FAILED),
+    ],
+)
+def test_what_one_entry_tells_of_a_candidate_stays_where_another_is_loaded(
+    tmp_path: Path, stored: Candidate, loaded: Candidate, kept: Candidate
+) -> None:
+    others = [timed(_SECOND, 3.0), _THIRD]
+    assert load_over(tmp_path, [stored, *others], [loaded, *others]) == [kept, *others]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_candidates_that_one_entry_lacks_come_from_the_other_in_cudnns_order(
+    tmp_path: Path, turned: bool
+) -> None:
+    all_three = [timed(_FIRST, 1.0), timed(_SECOND, 2.0), timed(_THIRD, 3.0)]
+    entries = [all_three[2:], all_three]
+    assert load_over(tmp_path, entries[turned], entries[not turned]) == all_three
+
+
+def test_the_bias_tells_candidates_apart_when_an_entry_is_loaded(root: Path) -> None:
+    problem = make_problem(bias=True)
+    store.write(problem, BIASED)
+    exported = root.with_name("export.json")
+    store.export(exported)
+    store.write(problem, BIASED[1:3])
+    store.load(exported)
+    assert store.read(problem) == BIASED
+
+
+def test_two_entries_that_make_none_together_leave_the_loaded_one(tmp_path: Path) -> None:
+    stored = [replace(_FIRST, time_ms=1.0), replace(_SECOND, rejected="it failed")]
+    loaded = [FAILED, _SECOND]
+    assert load_over(tmp_path, stored, loaded) == loaded
+    many = [replace(_FIRST, algorithm=f"eng{n}") for n in range(300)]
+    assert load_over(tmp_path, many[:200], many[200:]) == many[200:]
+
+
+def test_a_spoiled_entry_is_replaced_by_the_loaded_one(root: Path, tmp_path: Path) -> None:
+    file = written(root)
+    store.export(tmp_path / "export.json")
+    file.write_bytes(b"{}")
+    assert store.load(tmp_path / "export.json") == 1
+    assert store.read(make_problem()) == CANDIDATES
+
+
+def test_an_export_that_cannot_be_finished_leaves_the_old_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(root)
+    exported = tmp_path / "export.json"
+    exported.write_text("of old")
+    for call in ("open", "replace"):
+        with monkeypatch.context() as patch:
+            refuse(patch, call, errno.ENOSPC, lambda path: str(path).endswith(".tmp"))
+            with pytest.raises(OSError, match="No space left") as caught:
+                store.export(exported)
+            assert caught.value.filename == str(exported)
+    assert exported.read_text() == "of old"
+    assert sorted(tmp_path.iterdir()) == [exported, root]
+
+
+def test_an_export_may_be_read_as_other_files_of_the_user(root: Path, tmp_path: Path) -> None:
+    written(root)
+    before = os.umask(0o027)
+    try:
+        store.export(tmp_path / "export.json")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "export.json").stat().st_mode) == 0o640
+
+
+def test_an_export_follows_a_link_and_writes_to_a_pipe(root: Path, tmp_path: Path) -> None:
+    written(root)
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "export.json")
+    for _ in range(2):
+        assert store.export(link) == 1
+        assert link.is_symlink()
+    assert store.load(tmp_path / "export.json") == 1
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert store.export(pipe) == 1
+        assert os.read(reader, 100_000) == link.read_bytes()
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_an_export_leaves_out_what_is_spoiled(root: Path, tmp_path: Path) -> None:

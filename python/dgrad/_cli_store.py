@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +13,9 @@ from dgrad.selection import format_ms
 
 _EPILOG = """\
 DGRAD_STORE names the folder; DGRAD_STORE=off turns the store off.
+
+list and export leave spoiled entries out: stderr names them and says why, and the exit code is 0,
+as such entries count as absent everywhere. forget removes them.
 
 exit codes:
   0  done
@@ -57,6 +61,7 @@ def _list(arguments: argparse.Namespace) -> None:
     entries = store.list()
     if arguments.json:
         print_json({"entries": entries})
+        _tell_spoiled("list")
         return
     header = ("problem", "fastest", "time", "folder")
     rows = [
@@ -71,11 +76,13 @@ def _list(arguments: argparse.Namespace) -> None:
     if rows:
         print_table(header, rows, right=("time",))
     print(_located(_entries(len(rows))))
+    _tell_spoiled("list")
 
 
 def _export(arguments: argparse.Namespace) -> None:
     count = store.export(arguments.file)
     _tell(arguments, "exported", count, f"{_entries(count)} written to {arguments.file}")
+    _tell_spoiled("export")
 
 
 def _load(arguments: argparse.Namespace) -> None:
@@ -86,6 +93,14 @@ def _load(arguments: argparse.Namespace) -> None:
 def _forget(arguments: argparse.Namespace) -> None:
     count = store.forget()
     _tell(arguments, "removed", count, _located(f"{_entries(count)} removed"))
+
+
+def _tell_spoiled(action: str) -> None:
+    spoiled = store.spoiled()
+    if spoiled:
+        lines = [f"  {file}: {reason}" for file, reason in spoiled.items()]
+        words = f"store {action}: left out as spoiled: {_entries(len(spoiled))}"
+        print("\n".join([words, *lines]), file=sys.stderr)
 
 
 def _tell(arguments: argparse.Namespace, done: str, count: int, words: str) -> None:

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import builtins  # `list` is a public name of this module
 import errno
-import json
 import os
 import re
 import secrets
-import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -33,16 +31,18 @@ import torch
 from . import _loader, log
 from ._candidates import other_precision
 from ._claim import claimed
+from ._export import entries_of, exported, joined
+from ._files import make_own, put, read_own, require_own
 from ._stored import (
+    FOLDER,
+    FORMAT,
     MAX_BYTES,
     UNNAMED,
-    canonical,
     decode,
     durable,
     encode,
     file_name,
     text_of,
-    to_json,
     validated,
 )
 from .selection import Candidate
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
     Candidates = builtins.list[Candidate]
 
-_FORMAT = 3  # another one where a stored candidate gets another meaning
-_FOLDER = re.compile(rf"[A-Za-z0-9.-]{{1,100}}_sm[0-9]{{2,4}}_cudnn-[0-9.]{{5,20}}_v{_FORMAT}")
 _FILE = re.compile(r"[0-9a-f]{32}\.json")
 _PASSING = re.compile(r"\.[0-9a-f]{32}\.json\.([0-9a-f]{16}\.tmp|lock)")  # not for long there
 _STALE_S = 3600.0  # one of these that is so old was left by a process that died
@@ -136,7 +134,7 @@ def claim(problem: Problem) -> Iterator[None]:
     if root is not None:
         folder = root / _folder_name(problem.device)
         with suppress(OSError):  # writing will warn of it
-            _make_own(folder)
+            make_own(folder)
             lock = folder / f".{file_name(problem)}.lock"
     with nullcontext() if lock is None else claimed(lock):
         yield
@@ -160,25 +158,52 @@ def list() -> builtins.list[dict[str, Any]]:
     return found
 
 
+def spoiled() -> dict[str, str]:
+    """The files that :func:`list` leaves out, of every GPU and cuDNN, and what is wrong with each.
+
+    Raises:
+        OSError: a folder cannot be read. RuntimeError: there is no cuDNN here.
+    """
+    found = {}
+    for file in _files(path()):
+        try:
+            _checked(file, None)
+        except ValueError as error:
+            found[str(file)] = f"it {error}"
+    return found
+
+
 def export(file: str | os.PathLike[str]) -> int:
     """Write all entries, of every GPU and cuDNN, to one JSON file; the number of entries.
+
+    What cannot be used is left out: see :func:`spoiled`.
+
+    The file is replaced whole or stays as it was; a pipe or a device is written to.
 
     Raises:
         OSError: the file cannot be written. RuntimeError: the store is off, or no cuDNN is here.
     """
-    folders: dict[str, builtins.list[Any]] = {}
-    for entry, problem, candidates in _entries(_require_path()):
-        folders.setdefault(entry.parent.name, []).append(to_json(problem, candidates))
-    Path(file).write_text(json.dumps({"format": _FORMAT, "folders": folders}) + "\n")
-    return sum(map(len, folders.values()))
+    entries = _entries(_require_path())
+    data, count = exported((entry.parent.name, p, candidates) for entry, p, candidates in entries)
+    target = Path(file)
+    if target.exists() and not target.is_file():
+        target.write_bytes(data)
+        return count
+    target = Path(os.path.realpath(target))  # where it is a link, that stays
+    try:
+        put(target.with_name(f".{secrets.token_hex(8)}.tmp"), target, data, 0o666)
+    except OSError as error:  # of the temporary file, which nobody has heard of
+        raise type(error)(error.errno, error.strerror, os.fspath(file)) from None
+    return count
 
 
 def load(file: str | os.PathLike[str]) -> int:
     """Add all entries of an exported file to the store; the number of entries.
 
-    An entry replaces a stored one of the same problem, GPU and cuDNN. Entries of another GPU or
-    cuDNN are kept for export and never used here. A process that knows a problem already keeps
-    what it knows until ``dgrad.plan_cache.clear()``.
+    An entry joins a stored one of the same problem, GPU and cuDNN: what only one of them tells of a
+    candidate stays, its time or why it cannot run, and where both do, the loaded one counts, as
+    entries have no date. Entries of another GPU or cuDNN are kept for export and never used here.
+    A process that knows a problem already keeps what it knows until ``dgrad.plan_cache.clear()``.
 
     Raises:
         ValueError: the file is no export, or an entry of it is not valid; nothing is added.
@@ -186,9 +211,14 @@ def load(file: str | os.PathLike[str]) -> int:
         RuntimeError: the store is off, or there is no cuDNN here.
     """
     root = _require_path()
-    checked = [*_exported(Path(file))]
+    checked = []
+    for name, problem, candidates in entries_of(Path(file)):
+        folder = root / name
+        stored = _read_entry(folder / file_name(problem), problem) if _trusted(folder) else None
+        data = joined(problem, stored[1] if stored else [], candidates)
+        checked.append((folder, file_name(problem), data))
     for folder, name, data in checked:
-        _save(root / folder, name, data)
+        _save(folder, name, data)
     return len(checked)
 
 
@@ -222,7 +252,7 @@ def _folder_name(device: int) -> str:
     """What the times of a device hold for. Its index is no part of it."""
     gpu = torch.cuda.get_device_properties(device)
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", gpu.name)[:100]
-    return f"{name}_sm{gpu.major}{gpu.minor}_cudnn-{_loader.cudnn_version()}_v{_FORMAT}"
+    return f"{name}_sm{gpu.major}{gpu.minor}_cudnn-{_loader.cudnn_version()}_v{FORMAT}"
 
 
 def _require_path() -> Path:
@@ -232,26 +262,10 @@ def _require_path() -> Path:
     return root
 
 
-def _require_own(folder: Path) -> None:
-    """PermissionError for another user's folder: who can write it chooses what runs here."""
-    owner = os.stat(folder).st_uid
-    if owner != os.geteuid():
-        raise PermissionError(errno.EPERM, f"The folder belongs to user {owner}", str(folder))
-
-
-def _make_own(folder: Path) -> None:
-    """Make a folder and its root where they are missing. OSError if that cannot be."""
-    for each in (folder.parent, folder):
-        for missing in reversed([p for p in (each, *each.parents) if not p.exists()]):
-            with suppress(FileExistsError):  # another process was first
-                missing.mkdir(mode=0o700)
-        _require_own(each)
-
-
 def _trusted(folder: Path) -> bool:
     """Whether a folder is there and is the user's own; one warning if it is not to be used."""
     try:
-        _require_own(folder)
+        require_own(folder)
     except OSError as error:
         if error.errno not in _ABSENT:
             log.warn_once(str(path()), "selections in %r are not used: %s", str(folder), error)
@@ -261,60 +275,51 @@ def _trusted(folder: Path) -> bool:
 
 def _folders(root: Path | None) -> builtins.list[Path]:
     names = sorted(os.listdir(root)) if root and _trusted(root) else []
-    found = [Path(root or "", name) for name in names if _FOLDER.fullmatch(name)]
+    found = [Path(root or "", name) for name in names if FOLDER.fullmatch(name)]
     return [folder for folder in found if _trusted(folder)]
 
 
-def _entries(root: Path | None) -> Iterator[tuple[Path, Problem, Candidates]]:
+def _files(root: Path | None) -> Iterator[Path]:
     for folder in _folders(root):
-        for name in sorted(os.listdir(folder)):
-            entry = _read_entry(folder / name) if _FILE.fullmatch(name) else None
-            if entry is not None:
-                yield folder / name, *entry
+        for name in filter(_FILE.fullmatch, sorted(os.listdir(folder))):
+            yield folder / name
+
+
+def _entries(root: Path | None) -> Iterator[tuple[Path, Problem, Candidates]]:
+    for file in _files(root):
+        entry = _read_entry(file)
+        if entry is not None:
+            yield file, *entry
 
 
 def _read_entry(file: Path, problem: Problem | None = None) -> tuple[Problem, Candidates] | None:
     """The content of a file, or None: with one warning, unless there is no file."""
     try:
-        found = validated(decode(_read_file(file)), problem)
-        if file.name != file_name(found[0]):
-            raise ValueError("is for another problem")
-        return found
-    except OSError as error:
-        if error.errno not in _ABSENT:
-            log.warn_once(str(file), "a stored selection cannot be read: %s", error)
-    except (ValueError, RecursionError) as error:
+        return _checked(file, problem)
+    except ValueError as error:
         log.warn_once(str(file), "the stored selection %r is not used: it %s", str(file), error)
     return None
 
 
-def _read_file(file: Path) -> bytes:
-    # Neither a link nor a pipe that nobody writes to may lead or hold the reader elsewhere.
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+def _checked(file: Path, problem: Problem | None) -> tuple[Problem, Candidates] | None:
+    """The content of a file, None if there is none; ValueError if it is not to be used."""
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is not a regular file")
-        if status.st_uid != os.geteuid():
-            raise ValueError(f"belongs to user {status.st_uid}")
-        return os.read(descriptor, MAX_BYTES + 1)
-    finally:
-        os.close(descriptor)
+        found = validated(decode(read_own(file, MAX_BYTES + 1)), problem)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise ValueError(f"cannot be read: {error}") from None
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if file.name != file_name(found[0]):
+        raise ValueError("is for another problem")
+    return found
 
 
 def _save(folder: Path, name: str, data: bytes) -> None:
     """Put a file into place. Raises OSError, and leaves nothing then."""
-    _make_own(folder)
-    temporary = folder / f".{name}.{secrets.token_hex(8)}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    try:
-        with open(descriptor, "wb") as stream:
-            stream.write(data)
-        os.replace(temporary, folder / name)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    make_own(folder)
+    put(folder / f".{name}.{secrets.token_hex(8)}.tmp", folder / name, data, 0o600)
     if folder not in _swept:
         _swept.add(folder)
         with suppress(OSError):
@@ -326,24 +331,3 @@ def _sweep(folder: Path) -> None:
     for name in filter(_PASSING.fullmatch, os.listdir(folder)):
         if time.time() - os.lstat(folder / name).st_mtime > _STALE_S:
             (folder / name).unlink(missing_ok=True)
-
-
-def _exported(file: Path) -> Iterator[tuple[str, str, bytes]]:
-    """Folder, file name and content of each entry of an export; ValueError if one is bad."""
-    try:
-        content = json.loads(file.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not an export of the store: {error!s:.200}") from None
-    if type(content) is not dict or content.keys() != {"format", "folders"}:
-        raise ValueError(f"{file} is not an export of the store")
-    if canonical(content["format"]) != str(_FORMAT) or type(content["folders"]) is not dict:
-        raise ValueError(f"{file} is not an export of format {_FORMAT}")
-    for folder, entries in content["folders"].items():
-        if not _FOLDER.fullmatch(folder) or type(entries) is not builtins.list:
-            raise ValueError(f"{file} has entries of {folder!r:.200}, which is no GPU and cuDNN")
-        for number, entry in enumerate(entries):
-            try:
-                problem, candidates = validated(entry)
-                yield folder, file_name(problem), encode(problem, candidates)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}: entry {number} of {folder} {error}") from None
