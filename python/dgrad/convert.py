@@ -55,6 +55,9 @@ def convert(
             again after :func:`restore`, its state_dict at any time. Default False. Layers with
             parametrizations, such as weight_norm, need no asking for.
 
+    A layer whose ``forward`` was set on the layer itself, as some tools do to hook it, stays: that
+    one would go on calling PyTorch's.
+
     Returns:
         The names of what was turned, and in ``left`` the names of what was not, with reasons.
     """
@@ -62,7 +65,10 @@ def convert(
 
 
 def restore(model: torch.nn.Module, *, only: Filter | None = None) -> Conversion:
-    """Undo :func:`convert`, in place; ``only`` and the result are as there."""
+    """Undo :func:`convert`, in place; ``only`` and the result are as there.
+
+    A layer whose ``forward`` was set on the layer itself stays: that one may call dgrad's.
+    """
     return _turn(model, _theirs, only)
 
 
@@ -105,6 +111,7 @@ def _ours(module: torch.nn.Module, subclasses: bool) -> type:
         raise _LeftError("it is compiled by TorchScript: convert the model before")
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         raise _LeftError("its sizes are not known yet: run the model once before")
+    _refuse_own_forward(module, "convert")
     if not isinstance(getattr(module, "flags", None), Flags | None):
         raise _LeftError("it has an attribute flags of its own, which is dgrad's name")
 
@@ -124,10 +131,20 @@ def _ours(module: torch.nn.Module, subclasses: bool) -> type:
     return _rebased(module, ours)
 
 
+def _refuse_own_forward(module: torch.nn.Module, action: str) -> None:
+    # What was set there is called whatever the class, and often calls the class's that was.
+    if "forward" in vars(module):
+        raise _LeftError(
+            "its forward was set on the layer itself: "
+            f"{action} before that is done, or after del layer.forward"
+        )
+
+
 def _theirs(module: torch.nn.Module) -> type:
     """The class that a layer had before :func:`_ours`; _LeftError for one that stays."""
     if not isinstance(module, ConvTranspose2d):
         raise _LeftError("it is not dgrad's")
+    _refuse_own_forward(module, "restore")
 
     def theirs(cls: type) -> type:
         if cls is ConvTranspose2d:
