@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import dgrad
 from code_hash import code_hash
+from dgrad import _ops, measure
 from dgrad import config as dgrad_config
-from dgrad import measure
 from dgrad._layers import DIRECTIONS
 from dgrad.bench import environment
 from dgrad.config import PROVIDERS
@@ -209,6 +210,17 @@ def _chosen_fast(
         algorithm = dict.fromkeys(DIRECTIONS, provider) if provider else None
         dgrad.set_flags(measure_budget=_MEASURE_BUDGET_S, algorithm=algorithm)
         monkeypatch.setattr(measure, "_AHEAD", 2)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the compiler take dgrad's operators for CPU tensors too; PyTorch's run inside."""
+    real = _ops.unsuitable
+
+    def unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+        return real(input, weight, bias) if input.is_cuda or input.numel() == 0 else None
+
+    monkeypatch.setattr(_ops, "unsuitable", unsuitable)
 
 
 # --- the record of a gpu run --------------------------------------------------------------------

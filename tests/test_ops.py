@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dgrad
-from dgrad import _ops, config
+from dgrad import config
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -33,17 +33,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the compiler take dgrad's operators for CPU tensors too; PyTorch's run inside."""
-    real = _ops.unsuitable
-
-    def unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-        return real(input, weight, bias) if input.is_cuda or input.numel() == 0 else None
-
-    monkeypatch.setattr(_ops, "unsuitable", unsuitable)
 
 
 def tensors(device: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,6 +79,8 @@ def check_sizes(
         IntegerRangeError: a number that does not fit in 64 bits.
         RuntimeError: everything else that does not fit together.
     """
+    # Each number is compared alone: compiled code that asks for the least of several sizes is
+    # good for one order of these, and another order compiles it anew.
     padding, stride, dilation, groups = geometry
     for name, values, least in (
         ("stride", stride, 1),
@@ -88,9 +90,9 @@ def check_sizes(
         ("groups", (groups,), 1),
     ):
         shown = values if len(values) > 1 else values[0]
-        if max(values) > _INT64_MAX or min(values) < -_INT64_MAX - 1:
+        if any(not -_INT64_MAX - 1 <= value <= _INT64_MAX for value in values):
             raise IntegerRangeError(f"{name} is {shown}, expected a 64-bit integer")
-        if min(values) < least:
+        if any(value < least for value in values):
             raise RuntimeError(f"{name} is {shown}, expected at least {least}")
     if input.dim() not in (3, 4):
         raise RuntimeError(
@@ -101,12 +103,15 @@ def check_sizes(
         raise RuntimeError(
             f"weight has shape {_shape(weight)}, expected 4 dimensions (C_in, C_out/groups, kH, kW)"
         )
-    if min(weight.shape) < 1 or min(input.shape[-3:]) < 1:
-        name, tensor = ("weight", weight) if min(weight.shape) < 1 else ("input", input)
-        raise RuntimeError(
-            f"{name} has shape {_shape(tensor)}, expected each size to be at least 1 "
-            "(only the batch may be empty)"
-        )
+    for name, tensor, sizes in (
+        ("weight", weight, weight.shape),
+        ("input", input, input.shape[-3:]),
+    ):
+        if any(side < 1 for side in sizes):
+            raise RuntimeError(
+                f"{name} has shape {_shape(tensor)}, expected each size to be at least 1 "
+                "(only the batch may be empty)"
+            )
     if weight.shape[0] % groups != 0:
         raise RuntimeError(
             f"groups is {groups}, expected a divisor of the {weight.shape[0]} input channels "
@@ -127,7 +132,7 @@ def check_sizes(
                 f"{stride[i]} or dilation {dilation[i]}"
             )
     size = output_size(input.shape[-2:], weight.shape[-2:], geometry, output_padding)
-    if min(size) < 1:
+    if any(side < 1 for side in size):
         raise RuntimeError(
             f"the output of input {_shape(input)}, weight {_shape(weight)}, stride {stride}, "
             f"padding {padding}, output_padding {output_padding}, dilation {dilation} has "

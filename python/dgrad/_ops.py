@@ -20,7 +20,7 @@ from . import _fallback, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import GRADIENTS, entered, recipe, unrecorded
 from ._call import INPUTS, OUTPUT, check_numbers, memory_format, output_shape
-from ._geometry import Geometry, appended_rows, pair
+from ._geometry import Geometry, Pair, appended_rows, pair
 from .functional import autocast, enter, unsuitable
 
 _library = torch.library.Library("dgrad", "DEF")
@@ -36,11 +36,15 @@ def _geometry(
     padding: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Geometry:
     return Geometry(
-        pair(tuple(padding), "padding"),
-        pair(tuple(stride), "stride"),
-        pair(tuple(dilation), "dilation"),
-        groups,
+        _pair(padding, "padding"), _pair(stride, "stride"), _pair(dilation, "dilation"), groups
     )
+
+
+def _pair(values: Sequence[int], name: str) -> Pair:
+    # What the compiler leaves open would be fixed by being read as an int.
+    if len(values) == 2 and any(isinstance(value, torch.SymInt) for value in values):
+        return values[0], values[1]
+    return pair(tuple(values), name)
 
 
 def _refuse_bias(direction: str, bias: Tensor | None) -> None:
@@ -133,7 +137,7 @@ def _conv_transpose2d(
         input, weight = autocast(input), autocast(weight)
         bias = None if bias is None else autocast(bias)
     geometry = _geometry(padding, stride, dilation, groups)
-    output_padding = pair(tuple(output_padding), "output_padding")
+    output_padding = _pair(output_padding, "output_padding")
     check_tensors(input, weight, bias)
     size = check_sizes(input, weight, bias, geometry, output_padding)
     reason = unsuitable(input, weight, bias)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -51,9 +53,14 @@ def convert(
         only: a regular expression, searched for in each layer's qualified name, or a function of
             the name and the module that says whether to turn it. Default None, every layer.
         subclasses: also turn layers of classes derived from :class:`torch.nn.ConvTranspose2d`; what
-            they call by ``super().forward`` is dgrad's then. Such a layer can be pickled whole
-            again after :func:`restore`, its state_dict at any time. Default False. Layers with
-            parametrizations, such as weight_norm, need no asking for.
+            they call by ``super().forward`` is dgrad's then. A class whose forward does not name
+            ``super`` and ``forward`` in its own code stays: it calls something else, or does so out
+            of sight. Such a layer can be pickled whole again after :func:`restore`, its state_dict
+            at any time. Default False. Layers with parametrizations, such as weight_norm, need no
+            asking for.
+
+    A layer whose ``forward`` was set on the layer itself, as some tools do to hook it, stays too:
+    that one would go on calling PyTorch's.
 
     Returns:
         The names of what was turned, and in ``left`` the names of what was not, with reasons.
@@ -62,7 +69,10 @@ def convert(
 
 
 def restore(model: torch.nn.Module, *, only: Filter | None = None) -> Conversion:
-    """Undo :func:`convert`, in place; ``only`` and the result are as there."""
+    """Undo :func:`convert`, in place; ``only`` and the result are as there.
+
+    A layer whose ``forward`` was set on the layer itself stays: that one may call dgrad's.
+    """
     return _turn(model, _theirs, only)
 
 
@@ -105,7 +115,12 @@ def _ours(module: torch.nn.Module, subclasses: bool) -> type:
         raise _LeftError("it is compiled by TorchScript: convert the model before")
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         raise _LeftError("its sizes are not known yet: run the model once before")
-    if not isinstance(getattr(module, "flags", None), Flags | None):
+    _refuse_own_forward(module, "convert")
+    try:
+        flags = getattr(module, "flags", None)
+    except Exception as error:  # a property runs somebody's code
+        raise _LeftError(f"its attribute flags cannot be read: {error!r}") from error
+    if not isinstance(flags, Flags | None):
         raise _LeftError("it has an attribute flags of its own, which is dgrad's name")
 
     def ours(cls: type) -> type:
@@ -113,21 +128,51 @@ def _ours(module: torch.nn.Module, subclasses: bool) -> type:
             return ConvTranspose2d
         if not subclasses:
             raise _LeftError(f"{cls.__name__} is a subclass: subclasses=True turns it too")
+        for base in cls.__mro__[: cls.__mro__.index(_TORCH)]:
+            if "forward" in vars(base) and not _calls_super(vars(base)["forward"]):
+                raise _LeftError(
+                    f"{base.__name__}.forward is not seen to call super().forward, "
+                    "so it might never come to dgrad's"
+                )
         if cls not in _made:
             fields = {_ORIGINAL: cls, "__module__": cls.__module__}
             try:
                 _made[cls] = type(cls.__name__, (cls, ConvTranspose2d), fields)
-            except TypeError as error:  # a metaclass, or __init_subclass__, wants more
-                raise _LeftError(f"no class can be derived from {cls.__name__}: {error}") from error
+            except Exception as error:  # a metaclass and __init_subclass__ run somebody's code
+                raise _LeftError(
+                    f"no class can be derived from {cls.__name__}: {error!r}"
+                ) from error
         return _made[cls]
 
     return _rebased(module, ours)
+
+
+def _refuse_own_forward(module: torch.nn.Module, action: str) -> None:
+    # What was set there is called whatever the class, and often calls the class's that was.
+    if "forward" in vars(module):
+        raise _LeftError(
+            "its forward was set on the layer itself: "
+            f"{action} before that is done, or after del layer.forward"
+        )
+
+
+def _calls_super(forward: Any) -> bool:
+    """Whether the code of a method, the innermost of a decorated one, names super and forward."""
+    codes = [getattr(inspect.unwrap(forward), "__code__", None)]
+    names: set[str] = set()
+    while codes:
+        code = codes.pop()
+        if code is not None:
+            names.update(code.co_names)
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return {"super", "forward"} <= names
 
 
 def _theirs(module: torch.nn.Module) -> type:
     """The class that a layer had before :func:`_ours`; _LeftError for one that stays."""
     if not isinstance(module, ConvTranspose2d):
         raise _LeftError("it is not dgrad's")
+    _refuse_own_forward(module, "restore")
 
     def theirs(cls: type) -> type:
         if cls is ConvTranspose2d:

@@ -8,6 +8,8 @@ from torch import Tensor
 from .config import Flags
 from .functional import conv_transpose2d
 
+_OUTPUT_PADDING = torch.nn.ConvTranspose2d._output_padding
+
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """:class:`torch.nn.ConvTranspose2d` run by cuDNN's data gradient.
@@ -41,8 +43,10 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             output_size: wanted (H_out, W_out), with or without the leading sizes; it takes the
                 place of the layer's output_padding. Default None.
         """
+        # A subclass may find its weight or its output_padding in a way of its own.
+        plain = type(self) is ConvTranspose2d
         output_padding = self.output_padding
-        if output_size is not None:
+        if output_size is not None or not (plain or type(self)._output_padding is _OUTPUT_PADDING):
             output_padding = tuple(
                 self._output_padding(
                     input,
@@ -56,10 +60,16 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             )
         weight: Tensor | None
         bias: Tensor | None
-        own = self._parameters
-        if "weight" in own and "bias" in own:  # self.weight looks everywhere else first
+        own, values = self._parameters, self.__dict__
+        if (  # self.weight comes to the same, after a look everywhere else
+            plain
+            and "weight" in own
+            and "bias" in own
+            and "weight" not in values
+            and "bias" not in values
+        ):
             weight, bias = own["weight"], own["bias"]
-        else:  # a parametrization, for example, stands in their place
+        else:  # an older weight_norm, for example, keeps its weight elsewhere
             weight, bias = self.weight, self.bias
         return conv_transpose2d(
             input,
