@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -320,3 +321,39 @@ def test_compare_refuses_a_gpu_that_dgrad_cannot_use(
     monkeypatch.setattr(dgrad, "unavailable_reason", lambda: "no cuDNN")
     assert main(["compare"]) == 3
     assert "dgrad cannot run on the GPU here: no cuDNN" in capsys.readouterr().err
+
+
+_BENCH = Path(__file__).with_name("results") / "bench-forward-h200.json"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("arguments", "codes"),
+    [
+        (["info"], {141}),
+        (["--help"], {0, 141}),  # argparse may not notice
+        (["bench", "--from", str(_BENCH)], {141}),
+        (["store", "list"], {141}),
+        (["store", "export", "/dev/stdout"], {141}),
+        (["store", "load", "no_such_file.json"], {141}),  # of stderr
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_closed_pipe_ends_a_command_quietly(
+    tmp_path: Path, arguments: list[str], codes: set[int], unbuffered: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = tmp_path / "told"
+    to_stderr = "load" in arguments
+    settings = {"DGRAD_STORE": str(tmp_path / "store"), "PYTHONUNBUFFERED": unbuffered}
+    with told.open("wb") as words:
+        done = subprocess.run(
+            [sys.executable, "-m", "dgrad", *arguments],
+            stdout=words if to_stderr else writer,
+            stderr=writer if to_stderr else words,
+            env={**os.environ, **settings},
+        )
+    os.close(writer)
+    assert told.read_text() == ""
+    assert done.returncode in codes

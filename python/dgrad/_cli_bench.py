@@ -113,6 +113,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         _print(record)
         if arguments.plot is not None:
             plot.plot(record, arguments.plot)
+    except BrokenPipeError:
+        raise  # of the output, and no fault of the record
     except (FileError, RecordError, plot.PlotError, OSError) as error:
         return refuse("bench", error)
     except ContestError as error:

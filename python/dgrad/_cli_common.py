@@ -17,6 +17,11 @@ from rich.text import Text
 Commands = Any  # argparse does not name the type of its sub-parsers in public
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # main() ends all commands alike
+
+
 def add_command(
     commands: Commands,
     name: str,
@@ -54,7 +59,7 @@ def print_table(
 
     `right` names the columns that are aligned at the right: by default all but the first.
     """
-    console = Console(highlight=False)
+    console = _Output(highlight=False)
     lines = box.SIMPLE if console.is_terminal and header else None
     table = Table(*[""] * len(rows[0]), box=lines, show_header=bool(header), pad_edge=False)
     right = header[1:] if right is None else right

@@ -44,6 +44,8 @@ def _act(
 ) -> int:
     try:
         run(arguments)
+    except BrokenPipeError:
+        raise  # of the output, and no fault of the store
     except (OSError, RuntimeError, ValueError) as error:
         return refuse(f"store {name}", error)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from dgrad._cli_common import Commands, add_command, print_json, print_table
 if TYPE_CHECKING:
     from dgrad.bench.compare import Comparison
     from dgrad.bench.timing import Timing
+
+_PIPE_CLOSED = 128 + 13  # as of a process that SIGPIPE has ended
 
 _COMPARE_EPILOG = """\
 FILE is a Python file as KernelBench has them: a class Model, get_inputs() and get_init_inputs().
@@ -34,7 +37,24 @@ exit codes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Wrong usage raises SystemExit(2)."""
+    """Run one command and return its exit code. Wrong usage raises SystemExit(2).
+
+    Where nobody reads the output any more, as behind ``| head``, it is 141, without a word.
+    """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # here, where a closed pipe can still be answered
+    except BrokenPipeError:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):  # either may be the pipe, and both are flushed at the end
+            os.dup2(nothing, descriptor)
+        os.close(nothing)
+        return _PIPE_CLOSED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dgrad", description="PyTorch's ConvTranspose2d on cuDNN's data gradient."
     )
