@@ -19,7 +19,6 @@ from ._geometry import Geometry, Pair, appended_rows, integer, pair
 from ._watch import profiling, watchers
 from .planner import plan_cache
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _OLD_COMPILER = torch.__version__ < "2.13"
 
 
@@ -94,7 +93,7 @@ def conv_transpose2d(
         or _functorch_stack() is not None
         or _dispatch_modes() > 0
     ):
-        reason = "tracing, forward-mode AD, torch.func or a dispatch mode is at work"
+        reason = _fallback.at_work()
         return _pytorch(
             flags, reason, input, weight, bias, stride, padding, output_padding, groups, dilation
         )
@@ -243,7 +242,7 @@ def _prepare(
 
 def _subclass_reason(*tensors: object) -> str | None:
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES and torch.overrides.is_tensor_like(tensor):
+        if type(tensor) not in _fallback.PLAIN_TYPES and torch.overrides.is_tensor_like(tensor):
             return f"{type(tensor).__name__} is a subclass of Tensor with rules of its own"
     return None
 
@@ -311,7 +310,7 @@ def _compiled(
     """What the compiler finds for a call: dgrad's operator, or for export PyTorch's own."""
     tensors = (input, weight) if bias is None else (input, weight, bias)
     if _is_exporting() or not all(
-        type(tensor) in _PLAIN_TYPES and not _is_vmapped(tensor) for tensor in tensors
+        type(tensor) in _fallback.PLAIN_TYPES and not _is_vmapped(tensor) for tensor in tensors
     ):
         # Nothing is logged: that would break the graph.
         reason = "exporting, torch.func, a subclass of Tensor or PyTorch before 2.7 is at work"
