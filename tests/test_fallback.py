@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgrad
-from dgrad import _loader, functional, log
+from dgrad import _compiled, _loader, functional, log
 from dgrad._autograd import convolution
 from dgrad._geometry import Geometry
 from dgrad._watch import watching
@@ -245,7 +245,7 @@ def test_nothing_is_logged_while_pytorch_exports(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(functional, "_is_exporting", lambda: True)
+    monkeypatch.setattr(_compiled, "_is_exporting", lambda: True)
     with caplog.at_level(logging.INFO, logger="dgrad"), watching() as events:
         dgrad.conv_transpose2d(X, W)
     assert (caplog.messages, events) == ([], [])

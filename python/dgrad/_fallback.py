@@ -47,9 +47,19 @@ def announce(flags: config.Flags | None, reason: str) -> None:
         NotSupportedError: the flags forbid it.
     """
     permit(flags, reason)
+    tell(reason)
+
+
+def tell(reason: str) -> None:
+    """What :func:`announce` says."""
     log.fallback(reason)
     if watchers:
         note(f"PyTorch's own operator runs: {reason}")
+
+
+# torch.compile runs it while it reads code that calls it, and keeps nothing of it in the graph. It
+# is what torch.compiler.assume_constant_result does, which would import the compiler.
+tell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(
