@@ -1,7 +1,8 @@
-"""Compiled code beside PyTorch's: as many graphs."""
+"""Compiled code beside PyTorch's: as many graphs, and what it says."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -12,15 +13,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
+from torch.testing._internal.two_tensor import TwoTensor
 
 import dgrad
+from dgrad import _compiled, log
 
+compiles = pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="PyTorch's operator runs before 2.7"
+)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
+    log.fallback.cache_clear()
     yield
     torch._dynamo.reset()
 
@@ -86,3 +93,54 @@ def test_as_many_graphs_as_pytorchs_do_for_many_sizes(
     assert graphs[1] <= graphs[0]
     for found, wanted in zip(outputs[1], outputs[0], strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+# --- where PyTorch's operator runs --------------------------------------------------------------
+
+RUNS = "PyTorch's own conv_transpose2d runs: "
+
+
+def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled as one graph."""
+    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, backend="aot_eager")
+    return compiled
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_compiler_that_does_not_tell_exporting_is_a_reason_that_is_logged(
+    patched: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if patched:
+        monkeypatch.setattr(_compiled, "_is_exporting", lambda: None)
+    elif torch.__version__ >= "2.7":
+        pytest.skip("this PyTorch tells")
+    layer = dgrad.ConvTranspose2d(3, 2, 3)
+    compiled = whole(layer)
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        for size in (4, 5, 6):
+            x = torch.randn(1, 3, size, size)
+            torch.testing.assert_close(compiled(x), F.conv_transpose2d(x, layer.weight, layer.bias))
+    assert caplog.messages == [RUNS + "PyTorch before 2.7 does not tell compiling from exporting"]
+
+
+@compiles
+@pytest.mark.usefixtures("taken")
+def test_a_compiled_vmap_is_logged_in_a_whole_graph(caplog: pytest.LogCaptureFixture) -> None:
+    x, w = torch.randn(3, 2, 4, 5, 5), torch.randn(4, 2, 3, 3)
+    compiled = whole(lambda x: torch.func.vmap(lambda one: dgrad.conv_transpose2d(one, w))(x))
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        found = compiled(x)
+    torch.testing.assert_close(found, torch.stack([F.conv_transpose2d(one, w) for one in x]))
+    assert caplog.messages == [RUNS + "torch.func is at work (vmap)"]
+
+
+@compiles
+@pytest.mark.usefixtures("taken")
+def test_a_compiled_subclass_is_logged_in_a_whole_graph(caplog: pytest.LogCaptureFixture) -> None:
+    x, w = torch.randn(2, 4, 5, 5), torch.randn(4, 2, 3, 3)
+    compiled = whole(lambda x: dgrad.conv_transpose2d(x, w))
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        found = compiled(TwoTensor(x, 2 * x))
+    assert isinstance(found, TwoTensor)
+    torch.testing.assert_close(found.b, 2 * F.conv_transpose2d(x, w))
+    assert caplog.messages == [RUNS + "TwoTensor is a subclass of Tensor with rules of its own"]

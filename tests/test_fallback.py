@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgrad
-from dgrad import _loader, functional, log
+from dgrad import _compiled, _loader, functional, log
 from dgrad._autograd import convolution
 from dgrad._geometry import Geometry
 from dgrad._watch import watching
@@ -153,6 +155,43 @@ def test_bad_arguments_are_told_before_the_fallback_is_refused() -> None:
     assert not isinstance(caught.value, dgrad.NotSupportedError)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning", "ignore:.torch.jit:FutureWarning"
+)
+def test_each_thing_that_is_at_work_is_a_reason_of_its_own(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def run(x: Tensor) -> Tensor:
+        return dgrad.conv_transpose2d(x, W).sum()
+
+    def with_tangents(x: Tensor) -> None:
+        with forward_ad.dual_level():
+            run(forward_ad.make_dual(x, x))
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    def in_mode(x: Tensor) -> None:
+        with Mode():
+            run(x)
+
+    at_work: dict[str, Callable[[Tensor], Any]] = {
+        "torch.jit.trace is": lambda x: torch.jit.trace(run, x, check_trace=False),
+        "torch.func is at work (vmap)": torch.func.vmap(run),
+        "torch.func is at work (grad)": torch.func.grad(run),
+        "forward-mode AD is": with_tangents,
+        "the dispatch mode Mode is": in_mode,
+    }
+    for reason, call in at_work.items():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="dgrad"):
+            for _ in range(2):
+                call(X)
+        (line,) = caplog.messages
+        assert line.startswith(f"PyTorch's own conv_transpose2d runs: {reason}")
+
+
 # --- the gradients of what cuDNN ran ------------------------------------------------------------
 
 PLAIN = Geometry((0, 0), (1, 1), (1, 1), 1)
@@ -232,7 +271,7 @@ def test_nothing_is_logged_while_pytorch_exports(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(functional, "_is_exporting", lambda: True)
+    monkeypatch.setattr(_compiled, "_is_exporting", lambda: True)
     with caplog.at_level(logging.INFO, logger="dgrad"), watching() as events:
         dgrad.conv_transpose2d(X, W)
     assert (caplog.messages, events) == ([], [])

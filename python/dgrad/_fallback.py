@@ -1,15 +1,36 @@
-"""The three directions by PyTorch's own operators, for what cuDNN cannot run."""
+"""The three directions by PyTorch's own operators, for what cuDNN cannot run, and why."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_weight
 
 from . import config, log
 from ._geometry import Geometry, Pair, output_size
 from ._watch import note, watchers
 from .exceptions import NotSupportedError
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+FORWARD_MODE = "forward-mode AD is at work"
+
+
+def transformed() -> str | None:
+    """What of autograd's transforms is at work, in words, or None."""
+    if forward_ad._current_level >= 0:
+        return FORWARD_MODE
+    top = torch._C._functorch.peek_interpreter_stack()
+    return None if top is None else f"torch.func is at work ({top.key().name.lower()})"
+
+
+def at_work() -> str:
+    """What is at work that leaves the call to PyTorch's operator."""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is at work"
+    mode = torch.utils._python_dispatch._get_current_dispatch_mode()
+    return transformed() or f"the dispatch mode {type(mode).__name__} is at work"
 
 
 def permit(flags: config.Flags | None, reason: str) -> None:
@@ -26,9 +47,19 @@ def announce(flags: config.Flags | None, reason: str) -> None:
         NotSupportedError: the flags forbid it.
     """
     permit(flags, reason)
+    tell(reason)
+
+
+def tell(reason: str) -> None:
+    """What :func:`announce` says."""
     log.fallback(reason)
     if watchers:
         note(f"PyTorch's own operator runs: {reason}")
+
+
+# torch.compile runs it while it reads code that calls it, and keeps nothing of it in the graph. It
+# is what torch.compiler.assume_constant_result does, which would import the compiler.
+tell._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def run(

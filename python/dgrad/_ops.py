@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _fallback, config
 from ._arguments import check_sizes, check_tensors
@@ -140,9 +139,7 @@ def _conv_transpose2d(
     output_padding = _pair(output_padding, "output_padding")
     check_tensors(input, weight, bias)
     size = check_sizes(input, weight, bias, geometry, output_padding)
-    reason = unsuitable(input, weight, bias)
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-        reason = "forward-mode AD or torch.func is at work"
+    reason = _fallback.transformed() or unsuitable(input, weight, bias)
     if reason is not None:
         _fallback.announce(config.from_text(flags), reason)
     if reason is not None or input.numel() == 0:

@@ -15,18 +15,14 @@ from . import _fallback, _loader, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution, recipe, record
 from ._call import DTYPES, Call, check_numbers
+from ._compiled import compiled
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
 from ._watch import profiling, watchers
 from .planner import plan_cache
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_OLD_COMPILER = torch.__version__ < "2.13"
-
-
 # Each call asks these: the way to them would take as long as they do.
 _tracing_state = torch._C._get_tracing_state
 _functorch_stack = torch._C._functorch.peek_interpreter_stack
-_is_vmapped = torch._C._functorch.is_batchedtensor
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _any_autocast = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
@@ -88,7 +84,7 @@ def conv_transpose2d(
         dgrad.OutOfMemoryError: the same, for want of memory.
     """
     if torch.compiler.is_compiling():
-        return _compiled(
+        return compiled(
             input, weight, bias, stride, padding, output_padding, groups, dilation, flags
         )
     if (
@@ -97,7 +93,7 @@ def conv_transpose2d(
         or _functorch_stack() is not None
         or _dispatch_modes() > 0
     ):
-        reason = "tracing, forward-mode AD, torch.func or a dispatch mode is at work"
+        reason = _fallback.at_work()
         return _pytorch(
             flags, reason, input, weight, bias, stride, padding, output_padding, groups, dilation
         )
@@ -247,7 +243,7 @@ def _prepare(
 
 def _subclass_reason(*tensors: object) -> str | None:
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES and torch.overrides.is_tensor_like(tensor):
+        if type(tensor) not in _fallback.PLAIN_TYPES and torch.overrides.is_tensor_like(tensor):
             return f"{type(tensor).__name__} is a subclass of Tensor with rules of its own"
     return None
 
@@ -290,49 +286,6 @@ def autocast(tensor: Tensor) -> Tensor:
     ):
         return tensor.to(torch.get_autocast_dtype("cuda"))
     return tensor
-
-
-def _is_exporting() -> bool:
-    """Whether PyTorch's own operators are wanted; before PyTorch 2.7 nothing tells."""
-    # Older compilers take is_exporting() for True always: there the flag that it reads is read.
-    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
-    return flag if flag is not None else _OLD_COMPILER or torch.compiler.is_exporting()
-
-
-def _compiled(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    output_padding: int | Sequence[int],
-    groups: int,
-    dilation: int | Sequence[int],
-    flags: config.Flags | None,
-) -> Tensor:
-    """What the compiler finds for a call: dgrad's operator, or for export PyTorch's own."""
-    tensors = (input, weight) if bias is None else (input, weight, bias)
-    if _is_exporting() or not all(
-        type(tensor) in _PLAIN_TYPES and not _is_vmapped(tensor) for tensor in tensors
-    ):
-        # Nothing is logged: that would break the graph.
-        reason = "exporting, torch.func, a subclass of Tensor or PyTorch before 2.7 is at work"
-        _fallback.permit(flags, reason)
-        return F.conv_transpose2d(
-            input, weight, bias, stride, padding, output_padding, groups, dilation
-        )
-    output: Tensor = torch.ops.dgrad.conv_transpose2d(
-        input,
-        weight,
-        bias,
-        pair(stride, "stride"),
-        pair(padding, "padding"),
-        pair(output_padding, "output_padding"),
-        groups if type(groups) is int else integer(groups, "groups"),
-        pair(dilation, "dilation"),
-        "" if flags is None else flags.as_text(),
-    )
-    return output
 
 
 def _pytorch(flags: config.Flags | None, reason: str, *arguments: Any) -> Tensor:
