@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,21 @@ def test_a_traced_model_is_of_pytorchs_operators(device: str) -> None:
     assert "conv" in str(traced.inlined_graph)
     assert "PythonOp" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x), plain(x))
+
+
+@on_each_device
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_scripted_model_is_of_pytorchs_operators(device: str, tmp_path: Path) -> None:
+    plain, converted, x = models(device)
+    converted[0].flags = dgrad.Flags(selection="heuristic")  # type: ignore[index]
+    scripted = torch.jit.script(converted)
+    assert str(scripted.inlined_graph).count("aten::conv_transpose2d(") == 2
+    scripted.save(tmp_path / "model.pt")
+    for model in (scripted, torch.jit.load(tmp_path / "model.pt")):
+        assert_alike(step(model, model, x), step(plain, plain, x))
+    assert isinstance(converted[0], dgrad.ConvTranspose2d), "the model itself stays as it is"  # type: ignore[index]
+    layer = dgrad.ConvTranspose2d(3, 2, 3, stride=2, device=device, dtype=torch.float64)
+    assert torch.equal(torch.jit.script(layer)(x, [14, 15]), layer(x, [14, 15]))
 
 
 @on_each_device
