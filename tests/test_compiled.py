@@ -1,4 +1,4 @@
-"""Compiled code beside PyTorch's: as many graphs, and what it says."""
+"""Compiled code beside PyTorch's: as many graphs, as many tangents, and what it says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
+from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
 import dgrad
@@ -144,3 +145,22 @@ def test_a_compiled_subclass_is_logged_in_a_whole_graph(caplog: pytest.LogCaptur
     assert isinstance(found, TwoTensor)
     torch.testing.assert_close(found.b, 2 * F.conv_transpose2d(x, w))
     assert caplog.messages == [RUNS + "TwoTensor is a subclass of Tensor with rules of its own"]
+
+
+@pytest.mark.usefixtures("taken")
+def test_a_layer_compiled_without_tangents_gives_them_later(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    layer = dgrad.ConvTranspose2d(3, 2, 3)
+    x = torch.randn(1, 3, 4, 4)
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="dgrad"):
+        expected = layer.bias.view(-1, 1, 1) + (linear := F.conv_transpose2d(x, layer.weight))
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), expected)
+            with forward_ad.dual_level():
+                found = forward_ad.unpack_dual(compiled(forward_ad.make_dual(x, 2 * x)))
+                assert found.tangent is not None, "the tangent was dropped"
+                torch.testing.assert_close(found.tangent, 2 * linear)
+    if torch.__version__ >= "2.7":
+        assert RUNS + "forward-mode AD is at work" in caplog.messages

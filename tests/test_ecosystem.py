@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import dgrad
+from dgrad import log
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
@@ -80,6 +85,60 @@ def test_a_traced_model_is_of_pytorchs_operators(device: str) -> None:
     assert "conv" in str(traced.inlined_graph)
     assert "PythonOp" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x), plain(x))
+
+
+@on_each_device
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_scripted_model_is_of_pytorchs_operators(device: str, tmp_path: Path) -> None:
+    plain, converted, x = models(device)
+    converted[0].flags = dgrad.Flags(selection="heuristic")  # type: ignore[index]
+    scripted = torch.jit.script(converted)
+    assert str(scripted.inlined_graph).count("aten::conv_transpose2d(") == 2
+    scripted.save(tmp_path / "model.pt")
+    for model in (scripted, torch.jit.load(tmp_path / "model.pt")):
+        assert_alike(step(model, model, x), step(plain, plain, x))
+    assert isinstance(converted[0], dgrad.ConvTranspose2d), "the model itself stays as it is"  # type: ignore[index]
+    layer = dgrad.ConvTranspose2d(3, 2, 3, stride=2, device=device, dtype=torch.float64)
+    assert torch.equal(torch.jit.script(layer)(x, [14, 15]), layer(x, [14, 15]))
+
+
+@on_each_device
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_symbolic_trace_is_of_pytorchs_operators_alone(
+    device: str,
+    called_before: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain, converted, x = models(device)
+    if called_before:  # where calls are known to native code, which knows none of this one
+        nothing = SimpleNamespace(run=lambda *_: None, find=lambda *_: None)
+        monkeypatch.setattr(dgrad.plan_cache, "ready", nothing)
+        monkeypatch.setattr(dgrad.plan_cache, "exchange", object())
+    log.fallback.cache_clear()
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        traced = torch.fx.symbolic_trace(converted)
+    monkeypatch.undo()
+    assert caplog.messages == ["PyTorch's own conv_transpose2d runs: torch.fx is at work"]
+    called = [node.target for node in traced.graph.nodes if node.op.startswith("call")]
+    assert called == [torch.conv_transpose2d, "1", torch.conv_transpose2d]
+    assert_alike(step(traced, converted, x), step(plain, plain, x))
+
+
+@on_each_device
+def test_a_graph_of_proxy_tensors_is_of_pytorchs_operators(
+    device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, converted, x = models(device)
+    log.fallback.cache_clear()
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        made = make_fx(converted)(x)
+    assert caplog.messages == [
+        "PyTorch's own conv_transpose2d runs: the dispatch mode ProxyTorchDispatchMode is at work"
+    ]
+    assert [str(node.target) for node in made.graph.nodes].count("aten.convolution.default") == 2
+    assert "dgrad" not in made.code
+    torch.testing.assert_close(made(x), plain(x))
 
 
 @on_each_device

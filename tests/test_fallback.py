@@ -242,6 +242,18 @@ def test_the_flag_forbids_gradients_by_pytorch_too(
         torch.testing.assert_close(found, wanted)
 
 
+def test_a_gradient_of_a_tensor_with_a_tangent_has_one(
+    recorded: tuple[Tensor, list[Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
+    output, leaves = recorded
+    with caplog.at_level(logging.INFO, logger="dgrad"), forward_ad.dual_level():
+        given = forward_ad.make_dual(torch.ones_like(output), torch.full_like(output, 2.0))
+        for found in torch.autograd.grad(output, leaves, given):
+            value, tangent = forward_ad.unpack_dual(found)
+            torch.testing.assert_close(tangent, 2 * value)
+    assert caplog.messages == ["PyTorch's own conv_transpose2d runs: forward-mode AD is at work"]
+
+
 def test_a_layers_own_flag_holds_in_the_transforms_of_torch_func_too() -> None:
     xs = torch.stack([X, -X])
     run = torch.func.vmap(

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import dgrad
 from dgrad import config
@@ -118,6 +119,24 @@ def test_gradients_of_gradients_are_right(device: str) -> None:
 
     leaves = [leaf.requires_grad_() for leaf in leaves]
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@on_each_device
+@pytest.mark.parametrize("name", ["dgrad", "fprop", "wgrad"])
+def test_an_operator_without_a_rule_for_tangents_refuses_them(name: str, device: str) -> None:
+    first, second, *rest = CALLS[name](*tensors(device))
+    operator = getattr(torch.ops.dgrad, name)
+
+    def run(a: Tensor, b: Tensor) -> Any:
+        return operator(a, b, *rest)
+
+    with pytest.raises(NotImplementedError, match="no rule for forward-mode AD"):
+        torch.func.jvp(run, (first, second), (first, second))
+    with forward_ad.dual_level():
+        for tensor in (first, first.clone().requires_grad_()):
+            with pytest.raises(NotImplementedError, match="no rule for forward-mode AD"):
+                run(forward_ad.make_dual(tensor, first), second)
+        assert torch.equal(run(first, second), operator(first, second, *rest))
 
 
 def graphs_of(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import _fallback, _loader, config
 from ._call import DTYPES, INPUTS, OUTPUT, Call, call_for, memory_format
@@ -108,6 +108,9 @@ def convolution(
     """
     if _is_batched(a) or _is_batched(b):  # such tensors have no memory of their own
         _fallback.announce(flags, "gradients of many vectors are taken at once")
+        return _fallback.run(direction, a, b, geometry, size, bias)
+    if forward_ad._current_level >= 0 and _fallback.have_tangents(a, b, bias):
+        _fallback.announce(flags, _fallback.FORWARD_MODE)
         return _fallback.run(direction, a, b, geometry, size, bias)
     if torch.is_grad_enabled() and (
         a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
@@ -226,7 +229,8 @@ class _Convolution(Function):
         needed, nodes = ctx.needs_input_grad, ctx.next_functions
         grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
         values = entered(made, a, b, grad.resolve_neg())
-        run = convolution if torch.is_grad_enabled() or _is_batched(grad) else unrecorded
+        special = torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_batched(grad)
+        run = convolution if special else unrecorded
         found: list[Tensor | None] = [None, None]
         for index, (direction, first, second) in enumerate(GRADIENTS[made.direction]):
             if needed[index] and _is_asked(nodes[index][0]):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _fallback, config
 from ._geometry import integer, pair
@@ -28,6 +29,8 @@ def _kept_from_compiler(exporting: bool | None, tensors: tuple[Tensor, ...]) -> 
         return "exporting is at work"
     if exporting is None:
         return "PyTorch before 2.7 does not tell compiling from exporting"
+    if forward_ad._current_level >= 0:  # read by the compiler, which compiles anew when it changes
+        return _fallback.FORWARD_MODE
     for tensor in tensors:
         if _is_vmapped(tensor):
             return "torch.func is at work (vmap)"

@@ -25,6 +25,14 @@ def transformed() -> str | None:
     return None if top is None else f"torch.func is at work ({top.key().name.lower()})"
 
 
+def have_tangents(*values: object) -> bool:
+    """Whether forward-mode AD has a tangent for one of the tensors among them."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+        for value in values
+    )
+
+
 def at_work() -> str:
     """What is at work that leaves the call to PyTorch's operator."""
     if torch._C._get_tracing_state() is not None:

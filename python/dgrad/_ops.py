@@ -22,7 +22,26 @@ from ._call import INPUTS, OUTPUT, check_numbers, memory_format, output_shape
 from ._geometry import Geometry, Pair, appended_rows, pair
 from .functional import autocast, enter, unsuitable
 
-_library = torch.library.Library("dgrad", "DEF")
+
+class _Library(torch.library.Library):
+    """A library whose operators refuse tangents: register_autograd's drop them without a word."""
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> Any:
+        if dispatch_key == "Autograd":
+            fn = partial(_without_tangents, fn)
+        return super().impl(op_name, fn, dispatch_key, **options)  # type: ignore[no-untyped-call]
+
+
+def _without_tangents(kernel: Any, keyset: Any, *arguments: Any) -> Any:
+    if _fallback.have_tangents(*arguments):
+        raise NotImplementedError(
+            "dgrad's operators have no rule for forward-mode AD: dgrad.conv_transpose2d and "
+            "torch.ops.dgrad.conv_transpose2d run PyTorch's there"
+        )
+    return kernel(keyset, *arguments)
+
+
+_library: Any = _Library("dgrad", "DEF")  # type: ignore[no-untyped-call]
 
 # The compiler must give the operators tensors of the strides that it traced with.
 _TAGS = (

@@ -160,7 +160,7 @@ def _records(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return (
             input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         )
-    except AttributeError:
+    except (AttributeError, torch.fx.proxy.TraceError):
         return True
 
 
@@ -173,6 +173,9 @@ def _key(
     flags: config.Flags | None,
 ) -> tuple[object, ...] | None:
     """All that the preparation reads; None for arguments that have no such properties."""
+    plain = _fallback.PLAIN_TYPES
+    if type(input) not in plain or type(weight) not in plain:
+        return None  # what stands for a tensor may write down what it is asked, as torch.fx's does
     try:
         return (
             type(input),
@@ -244,6 +247,8 @@ def _prepare(
 def _subclass_reason(*tensors: object) -> str | None:
     for tensor in tensors:
         if type(tensor) not in _fallback.PLAIN_TYPES and torch.overrides.is_tensor_like(tensor):
+            if isinstance(tensor, torch.fx.Proxy):
+                return "torch.fx is at work"
             return f"{type(tensor).__name__} is a subclass of Tensor with rules of its own"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F  # noqa: F401  (for TorchScript, see the end)
 from torch import Tensor
 
 from .config import Flags
@@ -34,6 +35,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """
 
     flags: Flags | None = None
+    __jit_ignored_attributes__ = ("flags",)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution of ``input``.
@@ -82,3 +84,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             self.dilation,
             flags=self.flags,
         )
+
+
+# torch.jit.script compiles the source of what a function wraps, with the names of this module. Here
+# that is PyTorch's forward: its operator runs, as what dgrad does cannot be said in TorchScript.
+ConvTranspose2d.forward.__wrapped__ = torch.nn.ConvTranspose2d.forward  # type: ignore[attr-defined]
