@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import dgrad
 from dgrad import config
@@ -137,6 +138,28 @@ def test_an_operator_without_a_rule_for_tangents_refuses_them(name: str, device:
             with pytest.raises(NotImplementedError, match="no rule for forward-mode AD"):
                 run(forward_ad.make_dual(tensor, first), second)
         assert torch.equal(run(first, second), operator(first, second, *rest))
+
+
+@on_each_device
+@pytest.mark.usefixtures("taken")
+def test_operators_are_counted_as_pytorchs(device: str) -> None:
+    def counted(function: Callable[..., Tensor], *given: Tensor, **named: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            output = function(*given, **named)
+            if output.requires_grad:
+                output.sum().backward()
+        total: int = counter.get_total_flops()
+        return total
+
+    _, w, y = tensors(device)
+    ours, theirs = torch.ops.dgrad.conv_transpose2d, F.conv_transpose2d
+    once = counted(theirs, y, w, stride=(2, 2))
+    assert counted(ours, y, w, stride=(2, 2)) == once > 0
+    with torch.inference_mode():
+        assert counted(ours, y, w, stride=(2, 2)) == counted(theirs, y, w, stride=(2, 2))
+    assert counted(ours, y, w, stride=(2, 2), groups=2) == counted(theirs, y, w, stride=2, groups=2)
+    leaves = [t.requires_grad_() for t in (y, w)]
+    assert counted(ours, *leaves, stride=(2, 2)) == counted(theirs, *leaves, stride=2) == 3 * once
 
 
 def graphs_of(

@@ -19,21 +19,24 @@ from . import _fallback, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import GRADIENTS, entered, recipe, unrecorded
 from ._call import INPUTS, OUTPUT, check_numbers, memory_format, output_shape
+from ._flops import tell_counters
 from ._geometry import Geometry, Pair, appended_rows, pair
 from .functional import autocast, enter, unsuitable
 
 
 class _Library(torch.library.Library):
-    """A library whose operators refuse tangents: register_autograd's drop them without a word."""
+    """A library that looks at what comes to the rules of register_autograd."""
 
     def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> Any:
         if dispatch_key == "Autograd":
-            fn = partial(_without_tangents, fn)
+            fn = partial(_looked_at, fn)
         return super().impl(op_name, fn, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 
-def _without_tangents(kernel: Any, keyset: Any, *arguments: Any) -> Any:
-    if _fallback.have_tangents(*arguments):
+def _looked_at(kernel: Any, keyset: Any, *arguments: Any) -> Any:
+    if torch._C._len_torch_dispatch_stack() > 0:  # modes come after autograd
+        tell_counters()
+    if _fallback.have_tangents(*arguments):  # which would be dropped without a word
         raise NotImplementedError(
             "dgrad's operators have no rule for forward-mode AD: dgrad.conv_transpose2d and "
             "torch.ops.dgrad.conv_transpose2d run PyTorch's there"
@@ -166,6 +169,7 @@ def _conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
     check_numbers(geometry)
+    tell_counters()  # in inference mode nothing comes to autograd
     x, weight = enter(input, weight, appended_rows(output_padding, geometry.stride))
     output: Tensor = torch.ops.dgrad.dgrad(x, weight, bias, size, *geometry, flags)
     return output if input.dim() == 4 else output.squeeze(0)
