@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from dgrad import _loader
+
+distributed = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="PyTorch without distributed"
+)
+KINDS = [
+    "ddp",
+    "fsdp",
+    pytest.param(
+        "fsdp2",
+        marks=pytest.mark.skipif(
+            torch.__version__ < "2.6", reason="PyTorch has no fully_shard there yet"
+        ),
+    ),
+]
 
 # Each rank trains on its half of a batch, and compares with the whole batch in one process.
 TRAIN = """
@@ -28,7 +45,18 @@ single = nn.Sequential(
 ).to(place, torch.float64)
 model = copy.deepcopy(single)
 assert dgrad.convert(model) == ["0", "2"]
-parallel = DDP(model) if kind == "ddp" else FSDP(model, use_orig_params=True, device_id=place)
+if kind == "ddp":
+    parallel = DDP(model)
+elif kind == "fsdp":
+    parallel = FSDP(model, use_orig_params=True, device_id=place)
+else:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device, (world,))
+    for part in (model[0], model):  # a layer of its own, and what is left
+        parallel = fully_shard(part, mesh=mesh)
+    assert isinstance(model[0], dgrad.ConvTranspose2d)
 optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (single, parallel)]
 for step in range(4):
     # Ranks meet the sizes in another order.
@@ -50,12 +78,42 @@ dist.destroy_process_group()
 """
 
 
-def train(tmp_path: Path, kind: str, device: str) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN)
+# Each rank meets the same problems, in another order; what they would time is pretended.
+SHARE = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest, torch, torch.distributed as dist
+from fake_cudnn import FakeEngine, FakeResult, X, compute
+from test_claim import StoredCore, problem, select, slow_times
+
+dist.init_process_group("gloo")
+patch = pytest.MonkeyPatch()
+properties = SimpleNamespace(name="NVIDIA Pretended 1", major=9, minor=0)
+patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+core = StoredCore(FakeResult("ALGO_1", "FMA_MATH"))
+core.engines = {"convolution": [FakeEngine("eng1"), FakeEngine("eng2")]}
+core.begin(patch)
+compute(core, X)
+folder = Path(sys.argv[1])
+slow_times(core, patch, folder / "measured", 0.1)
+sizes = [3, 4, 5, 6, 7]
+if dist.get_rank():
+    sizes.reverse()
+dist.barrier()
+sources = {size: select(problem(size)).source for size in sizes}
+(folder / f"{dist.get_rank()}.json").write_text(json.dumps(sources))
+dist.destroy_process_group()
+"""
+
+
+def run_ranks(tmp_path: Path, code: str, *arguments: str) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(code)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *command, str(script), kind, device],
+        [sys.executable, *command, str(script), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -69,16 +127,27 @@ def train(tmp_path: Path, kind: str, device: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@distributed
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_as_one_on_the_cpu(tmp_path: Path, kind: str) -> None:
-    train(tmp_path, kind, "cpu")
+    run_ranks(tmp_path, TRAIN, kind, "cpu")
+
+
+@distributed
+@pytest.mark.skipif(_loader.load()[0] is None, reason="a problem needs the native module")
+def test_two_processes_measure_each_problem_once(tmp_path: Path) -> None:
+    run_ranks(tmp_path, SHARE, str(tmp_path))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first) == 5
+    for size, source in first.items():
+        assert {source, second[size]} == {"measured", "stored"}
+    assert len((tmp_path / "measured").read_text().splitlines()) == 5
 
 
 @pytest.mark.gpu
 @pytest.mark.processes
 @pytest.mark.seconds(20)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_gpus_train_as_one(tmp_path: Path, kind: str) -> None:
-    train(tmp_path, kind, "cuda")
+    run_ranks(tmp_path, TRAIN, kind, "cuda")
