@@ -25,7 +25,7 @@ from dgrad._geometry import Geometry, Pair, output_size
 from dgrad._runner import Runner
 from dgrad.exceptions import TorchOutOfMemoryError, cudnn_error
 from dgrad.planner import preference
-from dgrad.selection import Candidate, Selection, format_bytes, reasons_table, reproduction
+from dgrad.selection import ADD, Candidate, Selection, format_bytes, reasons_table, reproduction
 from fake_cudnn import (
     HEURISTIC,
     MIB,
@@ -663,6 +663,21 @@ def test_the_device_tells_apart_what_the_host_makes_alike(
     times: list[tuple[float, float | None]], chosen: int
 ) -> None:
     assert first_choice(timed(*times)) == chosen
+
+
+def test_what_costs_the_host_more_must_be_as_much_faster_on_the_device() -> None:
+    by_cudnn, by_pytorch = timed((0.0160, 0.0109), (0.0218, 0.0101))
+    by_cudnn, by_pytorch = replace(by_cudnn, bias="eng1"), replace(by_pytorch, bias=ADD)
+    assert first_choice([by_pytorch, by_cudnn]) == 1
+    assert first_choice([replace(by_pytorch, device_ms=0.0070), by_cudnn]) == 0
+    # Where the device takes longer than the host, that does not count.
+    assert first_choice([replace(by_pytorch, device_ms=0.0220), by_cudnn]) == 1
+    slow, slower = timed((0.0300, 0.0281), (0.0330, 0.0290))
+    assert first_choice([replace(slower, bias=ADD, device_ms=0.0270), slow]) == 1
+    assert first_choice([replace(slower, bias=ADD, time_ms=0.0280), slow]) == 0
+    # Neither does what the host's share varies by between runs of one way.
+    legacy, *graphs = timed((0.024, 0.0081), (0.020, 0.0090), (0.023, 0.0080))
+    assert first_choice([replace(legacy, provider="legacy"), *graphs]) == 2
 
 
 def test_alike_on_the_device_and_for_the_host_the_smaller_workspace_wins() -> None:

@@ -6,6 +6,8 @@ thread and device that made it (``_runner.py``).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,7 @@ from ._cache import BoundedCache
 from ._knowledge import Knowledge, everything, forget_all
 from .config import Policy
 from .measure import CLOSE
-from .selection import Candidate, Selection, format_bytes
+from .selection import ADD, FUSED, Candidate, Selection, format_bytes
 
 if TYPE_CHECKING:
     from ._core import ReadyCall, ReadyCalls
@@ -140,17 +142,34 @@ def preference(candidates: list[Candidate], direction: str, policy: Policy) -> l
 
 
 def _alike(candidates: list[Candidate], usable: list[int]) -> list[int]:
-    """The fastest, and those that times do not tell from it.
+    """The fastest, and those that times do not tell from it."""
+    fastest = _within(_NOISE, decisive_ms(candidates, usable))
+    return _within(_HOST_NOISE, {i: candidates[i].time_ms or 0.0 for i in fastest})
+
+
+def decisive_ms(candidates: Sequence[Candidate], usable: Iterable[int]) -> dict[int, float]:
+    """What decides between candidates: of each that is in question, a time.
 
     Where times were taken on the device too, these decide between those that are close with the
-    host's share: that share is much the same for all, and what a CUDA graph replays has none.
+    host's share: that share varies, and what a CUDA graph replays has none. It is not the same for
+    all, though: a legacy call or a bias that PyTorch adds costs the host more. Where that is more
+    than the device takes, the geometric mean of both is the time.
     """
     times = {i: t for i in usable if (t := candidates[i].time_ms) is not None}
     close = {i: d for i in _within(CLOSE, times) if (d := candidates[i].device_ms) is not None}
-    if all(i in close for i in _within(1.0, times)):
-        times = {i: times[i] for i in _within(_NOISE, close)}
-        return _within(_HOST_NOISE, times)
-    return _within(_NOISE, times)
+    if not all(i in close for i in _within(1.0, times)):
+        return times
+    host: dict[object, float] = {}
+    for i in close:
+        way = _way(candidates[i])
+        host[way] = min(times[i], host.get(way, math.inf))
+    return {i: math.sqrt(d * max(d, host[_way(candidates[i])])) for i, d in close.items()}
+
+
+def _way(candidate: Candidate) -> object:
+    """What the host does for a candidate: the same work for those of one way."""
+    passes = candidate.bias not in (None, FUSED, ADD)
+    return candidate.provider, candidate.bias == ADD, passes
 
 
 def _within(factor: float, times: dict[int, float]) -> list[int]:
