@@ -17,10 +17,11 @@ from torch import Tensor
 
 from . import _fallback, _loader, config, log
 from ._geometry import Geometry, Pair, is_channels_last
+from ._refusal import in_capture
 from ._runner import Runner
 from ._watch import note, watchers
 from .config import Flags
-from .exceptions import NotSupportedError, OutOfMemoryError
+from .exceptions import CudnnError, NotSupportedError, OutOfMemoryError
 from .planner import plan_cache
 
 if TYPE_CHECKING:
@@ -191,6 +192,10 @@ class Call:
                 raise
             self._reason = str(error)
             log.fallback(self._reason)
+        except CudnnError as error:
+            if not torch.cuda.is_current_stream_capturing():
+                raise
+            raise in_capture(error) from error
         return self(a, b, bias)
 
     def ready(self, recipe: object) -> ReadyCall | None:

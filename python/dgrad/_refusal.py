@@ -1,5 +1,5 @@
 """What is said of candidates that do not run: of one the reason, and of all an error that says how
-to make the same call again."""
+to make the same call again; and of a capture that cuDNN cannot work in."""
 
 from __future__ import annotations
 
@@ -66,3 +66,12 @@ def nothing_usable(knowledge: Knowledge, policy: Policy) -> NotSupportedError:
         f"To reproduce:\n\n{reproduction(problem, flags)}\n"
     )
     return OutOfMemoryError(message) if out_of_memory else NotSupportedError(message)
+
+
+def in_capture(error: CudnnError) -> CudnnError:
+    """The same error with what to do about one that a capture brings about."""
+    hint = (
+        "while a CUDA graph is captured, when cuDNN cannot start on a thread: call "
+        "dgrad.warm_up(model, *inputs) on this thread before the capture"
+    )
+    return type(error)(f"{error}; {hint}", error.status, error.call, error.detail)
