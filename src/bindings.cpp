@@ -92,6 +92,14 @@ void bind_plan(py::module_& m) {
     py::class_<dgrad::Plan, std::shared_ptr<dgrad::Plan>>(m, "Plan")
         .def_property_readonly("workspace_bytes", &dgrad::Plan::workspace_bytes)
         .def_property_readonly("notes", &dgrad::Plan::notes)
+        .def_property_readonly("compiled",
+                               [](const dgrad::Plan& plan) {
+                                   std::vector<py::bytes> found;
+                                   for (const std::string& text : plan.compiled()) {
+                                       found.emplace_back(text);
+                                   }
+                                   return found;
+                               })
         .def(
             "execute",
             [](dgrad::Plan& plan, std::uintptr_t x, std::uintptr_t w, std::uintptr_t y,
@@ -154,6 +162,14 @@ void bind_graph(py::module_& m) {
             return graph::make_plan(problem, graph::parse_operation(operation), engine);
         },
         "problem"_a, "operation"_a, "engine"_a, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "restored_plan",
+        [](std::int64_t device, const py::bytes& compiled) -> std::shared_ptr<dgrad::Plan> {
+            const std::string text = compiled;
+            const py::gil_scoped_release released;
+            return graph::restore_plan(device, text);
+        },
+        "device"_a, "compiled"_a);
 }
 
 void bind_ready(py::module_& m) {

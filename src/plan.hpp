@@ -31,6 +31,12 @@ class Plan {
     // cuDNN's numerical notes on what runs, such as "TENSOR_CORE"; the legacy API has none.
     [[nodiscard]] virtual std::vector<std::string> notes() const { return {}; }
 
+    // For each part of what runs the text of what cuDNN compiled for it, from which it is built
+    // again without compiling; empty where cuDNN had nothing to compile.
+    [[nodiscard]] virtual std::vector<std::string> compiled() const {
+        return std::vector<std::string>(1);
+    }
+
     // Queues the work on `stream`. The problem's device must be current; the workspace holds
     // workspace_bytes().
     virtual void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) = 0;

@@ -21,9 +21,11 @@ class Sequence final : public Plan {
     }
 
     [[nodiscard]] std::vector<std::string> notes() const override {
-        std::vector<std::string> notes = first_->notes();
-        for (std::string& note : second_->notes()) notes.push_back(std::move(note));
-        return notes;
+        return joined(first_->notes(), second_->notes());
+    }
+
+    [[nodiscard]] std::vector<std::string> compiled() const override {
+        return joined(first_->compiled(), second_->compiled());
     }
 
     void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) override {
@@ -32,6 +34,12 @@ class Sequence final : public Plan {
     }
 
   private:
+    static std::vector<std::string> joined(std::vector<std::string> texts,
+                                           std::vector<std::string> more) {
+        for (std::string& text : more) texts.push_back(std::move(text));
+        return texts;
+    }
+
     std::shared_ptr<Plan> first_;
     std::shared_ptr<Plan> second_;
 };

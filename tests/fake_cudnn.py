@@ -74,6 +74,7 @@ class FakePlan:
     name: str
     workspace_bytes: int
     notes: list[str] = field(default_factory=list)
+    compiled: list[bytes] = field(default_factory=lambda: [b""])
 
     def execute(self, x: int, w: int, y: int, bias: int, workspace: int, stream: int) -> None:
         self.core.attempts.append(self.name)
@@ -96,6 +97,9 @@ class FakeCore:
         self.failing: dict[str, Exception] = {}  # by plan: raised when it runs
         self.unplannable: dict[str, Exception] = {}  # by plan: raised when it is planned
         self.true_workspace_bytes: dict[str, int] = {}  # where the heuristic's number is wrong
+        self.compiling: set[str] = set()  # plans that cuDNN compiles for
+        self.restored: list[str] = []
+        self.unrestorable: dict[str, CudnnError] = {}
         self.free_bytes = 2**40
         self.heuristics = 0
         self.planned: list[tuple[str, str]] = []
@@ -134,22 +138,35 @@ class FakeCore:
             raise engines
         return engines
 
+    def restored_plan(self, device: int, compiled: bytes) -> FakePlan:
+        name = compiled.decode()
+        self.restored.append(name)
+        if name in self.unrestorable:
+            raise self.unrestorable[name]
+        return self._engine_plan(*name.split(":"))
+
     def graph_plan(self, problem: FakeProblem, operation: str, engine: str) -> FakePlan:
         name = f"{operation}:{engine}"
         self.planned.append((operation, engine))
         if name in self.unplannable:
             raise self.unplannable[name]
+        return self._engine_plan(operation, engine)
+
+    def _engine_plan(self, operation: str, engine: str) -> FakePlan:
+        name = f"{operation}:{engine}"
         known = self.engines.get(operation, [])
         assert not isinstance(known, CudnnError)
         for each in known:
             if each.name == engine:
                 notes = each.notes if each.true_notes is None else each.true_notes
-                return FakePlan(self, name, each.workspace_bytes, list(notes))
+                made = [name.encode()] if name in self.compiling else [b""]
+                return FakePlan(self, name, each.workspace_bytes, list(notes), made)
         raise ValueError(f"engine is '{engine}', expected a name such as 'eng5_k2=3_k24=0'")
 
     def sequence(self, first: FakePlan, second: FakePlan) -> FakePlan:
         size = max(first.workspace_bytes, second.workspace_bytes)
-        return FakePlan(self, f"{first.name} + {second.name}", size, first.notes)
+        name, compiled = f"{first.name} + {second.name}", first.compiled + second.compiled
+        return FakePlan(self, name, size, first.notes, compiled)
 
     def storage(self, size: int, device: torch.device) -> Any:
         assert device == torch.device("cuda", 0)

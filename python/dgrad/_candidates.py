@@ -247,13 +247,13 @@ def imprecision(problem: Problem, algorithm: str, math_type: str) -> str | None:
     return None
 
 
-def make_plan(problem: Problem, candidate: Candidate) -> Plan:
+def make_plan(problem: Problem, candidate: Candidate, compiled: Sequence[bytes] = ()) -> Plan:
     """The plan of a candidate that may run; CudnnError or ValueError if there is none.
 
     It adds the bias unless that is left to PyTorch (``candidate.bias`` is "add"). Needs the
-    device.
+    device. ``compiled`` is the same of an earlier plan of the candidate.
     """
-    plan = plan_of(problem, candidate)
+    plan = plan_of(problem, candidate, compiled)
     if candidate.provider == "graph":
         # The record may come from a file; what runs is what the engine says of itself.
         engine = candidate.algorithm.partition(IDENTITY)[0]
@@ -266,9 +266,10 @@ def make_plan(problem: Problem, candidate: Candidate) -> Plan:
     return plan
 
 
-def plan_of(problem: Problem, candidate: Candidate) -> Plan:
+def plan_of(problem: Problem, candidate: Candidate, compiled: Sequence[bytes] = ()) -> Plan:
     """The plan of a candidate, however right it is; errors as :func:`make_plan`."""
     core = _loader.require()
+    first, second, *_ = (*compiled, b"", b"")
     plan: Plan
     if candidate.provider == "legacy":
         plan = core.legacy_plan(problem, candidate.algorithm, candidate.math_type)
@@ -277,8 +278,18 @@ def plan_of(problem: Problem, candidate: Candidate) -> Plan:
         operation = "convolution_identity" if identity else "convolution"
         if candidate.bias == FUSED:
             operation = "convolution_bias"
-        plan = core.graph_plan(problem, operation, engine)
+        plan = _built(problem, operation, engine, first)
     if candidate.bias not in (None, FUSED, ADD):
-        addition = core.graph_plan(problem, pass_operation(problem), candidate.bias)
+        addition = _built(problem, pass_operation(problem), candidate.bias, second)
         plan = core.sequence(plan, addition)
+    return plan
+
+
+def _built(problem: Problem, operation: str, engine: str, compiled: bytes) -> Plan:
+    core = _loader.require()
+    plan: Plan = (
+        core.restored_plan(problem.device, compiled)
+        if compiled
+        else core.graph_plan(problem, operation, engine)
+    )
     return plan

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import record_function
 
-from . import _loader, config, log, store
-from ._candidates import make_plan, other_precision, pass_operation, with_best_pass
+from . import _kernels, _loader, config, log, store
+from ._candidates import other_precision, pass_operation, with_best_pass
 from ._check import Check
 from ._knowledge import Use, knowledge_of
 from ._refusal import nothing_usable, reason
@@ -198,6 +198,7 @@ class Runner:
             candidate = knowledge.candidates[index]
             if objection(candidate, problem.direction, policy) is not None:
                 continue  # the plan knows a larger workspace than the heuristic did
+            _kernels.keep(problem, candidate, plan)
             self._index, self._plan, self._bias = index, plan, candidate.bias
             self.use = None if self._corrects else knowledge.ran.get(policy)
             if self._provisional:
@@ -237,7 +238,7 @@ class Runner:
 
     def _make_plan(self, index: int) -> Plan:
         candidate = self._knowledge.candidates[index]
-        plan = make_plan(self._problem, candidate)
+        plan = _kernels.make_plan(self._problem, candidate)
         if plan.workspace_bytes != candidate.workspace_bytes:  # the heuristic's is an estimate
             self._knowledge.update(index, workspace_bytes=plan.workspace_bytes)
         return plan

@@ -1,8 +1,9 @@
 """The candidates of each problem on disk, with their times, so that each is measured only once.
 
-One small JSON file per problem, in a folder named by what makes its times worthless: the GPU's
-name and compute capability, cuDNN's version, the format's. ``DGRAD_STORE`` names another root
-folder or is ``off``; the default is ``dgrad`` in the user's cache folder.
+One small JSON file per problem, and beside it what cuDNN compiled for it (``_kernels.py``), in a
+folder named by what makes both worthless: the GPU's name and compute capability, cuDNN's version,
+the format's. ``DGRAD_STORE`` names another root folder or is ``off``; the default is ``dgrad`` in
+the user's cache folder.
 
 Note [Store]
 A file is written under a temporary name and renamed into place, so that readers find all of an
@@ -53,7 +54,10 @@ if TYPE_CHECKING:
     Candidates = builtins.list[Candidate]
 
 _FILE = re.compile(r"[0-9a-f]{32}\.json")
-_PASSING = re.compile(r"\.[0-9a-f]{32}\.json\.([0-9a-f]{16}\.tmp|lock)")  # not for long there
+_KERNELS = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.kernels")  # see _kernels.py
+_PASSING = re.compile(  # not for long there
+    rf"\.({_FILE.pattern}|{_KERNELS.pattern})\.([0-9a-f]{{16}}\.tmp|lock)"
+)
 _STALE_S = 3600.0  # one of these that is so old was left by a process that died
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # ESTALE: replaced by another NFS client
 
@@ -79,14 +83,18 @@ def path() -> Path | None:
 
 def read(problem: Problem) -> Candidates | None:
     """What is stored of a problem for its GPU and this cuDNN, or None. Raises nothing."""
+    folder = folder_of(problem)
+    entry = _read_entry(folder / file_name(problem), problem) if folder else None
+    return entry[1] if entry else None
+
+
+def folder_of(problem: Problem) -> Path | None:
+    """The folder that is read for a problem, if it is there and the user's own. Raises nothing."""
     root = path()
     if root is None:
         return None
     folder = root / _folder_name(problem.device)
-    if not (_trusted(root) and _trusted(folder)):
-        return None
-    entry = _read_entry(folder / file_name(problem), problem)
-    return entry[1] if entry else None
+    return folder if _trusted(root) and _trusted(folder) else None
 
 
 def write(problem: Problem, candidates: Sequence[Candidate]) -> None:
@@ -95,15 +103,22 @@ def write(problem: Problem, candidates: Sequence[Candidate]) -> None:
     A rejection for want of memory is left out: it says nothing of another moment. Candidates of
     which none may run are not remembered: what failed them all may not last either.
     """
-    root = path()
     kept = [durable(candidate) for candidate in candidates if candidate.rejected != UNNAMED]
-    if root is None or all(candidate.rejected is not None for candidate in kept):
+    if path() is None or all(candidate.rejected is not None for candidate in kept):
         return
     try:
-        data = encode(problem, kept)
-        _save(root / _folder_name(problem.device), file_name(problem), data)
+        save(problem, file_name(problem), encode(problem, kept))
     except ValueError as error:
         log.warn_once(str(problem), "the selection for %s is not stored: it %s", problem, error)
+
+
+def save(problem: Problem, name: str, data: bytes) -> None:
+    """Put a file into the folder of a problem, if the store is on. Raises nothing."""
+    root = path()
+    if root is None:
+        return
+    try:
+        _save(root / _folder_name(problem.device), name, data)
     except OSError as error:
         log.warn_once(str(root), "selections are not stored in %r: %s", str(root), error)
 
@@ -239,10 +254,11 @@ def forget(matching: str | None = None) -> int:
             folder / name
             for folder in _folders(path())
             for name in os.listdir(folder)
-            if _FILE.fullmatch(name) or _PASSING.fullmatch(name)
+            if any(each.fullmatch(name) for each in (_FILE, _KERNELS, _PASSING))
         ]
     else:
         files = [file for file, problem, _ in _entries(path()) if matching in text_of(problem)]
+        files += [kernels for file in files for kernels in file.parent.glob(f"{file.stem}-*")]
     for file in files:  # the folders stay: another process may be about to write there
         file.unlink(missing_ok=True)
     return sum(file.suffix == ".json" for file in files)

@@ -19,6 +19,10 @@ void Descriptor::set(cudnnBackendAttributeName_t name, const Descriptor& value) 
     set_raw(name, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &value.object_);
 }
 
+void Descriptor::set(cudnnBackendAttributeName_t name, const std::string& text) {
+    set_raw(name, CUDNN_TYPE_CHAR, static_cast<std::int64_t>(text.size()), text.data());
+}
+
 void Descriptor::set(cudnnBackendAttributeName_t name,
                      const std::vector<const Descriptor*>& values) {
     std::vector<cudnnBackendDescriptor_t> objects;
@@ -33,6 +37,15 @@ void Descriptor::set_raw(cudnnBackendAttributeName_t name, cudnnBackendAttribute
 }
 
 void Descriptor::finalize() { DGRAD_CUDNN_CHECK(cudnnBackendFinalize(object_)); }
+
+std::string Descriptor::text(cudnnBackendAttributeName_t name) const {
+    std::int64_t length = 0;
+    DGRAD_CUDNN_CHECK(
+        cudnnBackendGetAttribute(object_, name, CUDNN_TYPE_CHAR, 0, &length, nullptr));
+    std::string found(static_cast<std::size_t>(length), '\0');
+    found.resize(static_cast<std::size_t>(get_raw(name, CUDNN_TYPE_CHAR, length, found.data())));
+    return found;
+}
 
 std::vector<Descriptor> Descriptor::descriptors(cudnnBackendAttributeName_t name,
                                                 cudnnBackendDescriptorType_t type,

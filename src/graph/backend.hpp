@@ -4,6 +4,7 @@
 #include <cudnn.h>
 
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -57,6 +58,10 @@ template <>
 struct AttributeType<cudnnBackendNumericalNote_t> {
     static constexpr auto value = CUDNN_TYPE_NUMERICAL_NOTE;
 };
+template <>
+struct AttributeType<cudnnBackendBehaviorNote_t> {
+    static constexpr auto value = CUDNN_TYPE_BEHAVIOR_NOTE;
+};
 
 class Descriptor {
   public:
@@ -79,6 +84,7 @@ class Descriptor {
                 values.data());
     }
     void set(cudnnBackendAttributeName_t name, const Descriptor& value);
+    void set(cudnnBackendAttributeName_t name, const std::string& text);
     void set(cudnnBackendAttributeName_t name, const std::vector<const Descriptor*>& values);
     void set_raw(cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type,
                  std::int64_t count, const void* values);
@@ -98,6 +104,7 @@ class Descriptor {
             get_raw(name, AttributeType<T>::value, static_cast<std::int64_t>(most), found.data())));
         return found;
     }
+    [[nodiscard]] std::string text(cudnnBackendAttributeName_t name) const;
     // Descriptors of `type` that this one holds, at most `most`.
     [[nodiscard]] std::vector<Descriptor> descriptors(cudnnBackendAttributeName_t name,
                                                       cudnnBackendDescriptorType_t type,

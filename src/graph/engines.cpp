@@ -159,4 +159,12 @@ std::vector<std::string> numerical_notes(const Descriptor& engine_config) {
     return names;
 }
 
+bool compiles_at_run_time(const Descriptor& engine_config) {
+    const auto notes =
+        engine_of(engine_config)
+            .values<cudnnBackendBehaviorNote_t>(CUDNN_ATTR_ENGINE_BEHAVIOR_NOTE, most_notes);
+    return std::find(notes.begin(), notes.end(), CUDNN_BEHAVIOR_NOTE_RUNTIME_COMPILATION) !=
+           notes.end();
+}
+
 }  // namespace dgrad::graph

@@ -26,4 +26,7 @@ Descriptor engine_config(const OperationGraph& graph, const std::string& name);
 
 std::vector<std::string> numerical_notes(const Descriptor& engine_config);
 
+// Whether cuDNN compiles the engine's kernel when a plan of it is made.
+bool compiles_at_run_time(const Descriptor& engine_config);
+
 }  // namespace dgrad::graph

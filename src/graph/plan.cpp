@@ -1,7 +1,9 @@
 #include "graph/plan.hpp"
 
+#include <algorithm>
 #include <array>
 #include <optional>
+#include <stdexcept>
 #include <utility>
 
 #include "error.hpp"
@@ -14,20 +16,49 @@ namespace {
 class GraphPlan final : public Plan {
   public:
     GraphPlan(const Problem& problem, Operation operation, const std::string& engine)
-        : device_(problem.device), plan_(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR) {
+        : GraphPlan(problem.device) {
         const OperationGraph graph = make_operation_graph(problem, operation);
         const Descriptor config = engine_config(graph, engine);
-        notes_ = numerical_notes(config);
-        plan_.set(CUDNN_ATTR_EXECUTION_PLAN_HANDLE, handle_for(device_));
-        plan_.set(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, config);
-        plan_.finalize();
-        workspace_bytes_ = static_cast<std::size_t>(
-            plan_.value<std::int64_t>(CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE));
         for (const Uid uid : graph.uids) uids_.push_back(static_cast<std::int64_t>(uid));
+        notes_ = numerical_notes(config);
+        compiles_ = compiles_at_run_time(config);
+        plan_.set(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, config);
+        finalize();
+    }
+
+    GraphPlan(std::int64_t device, const std::string& compiled) : GraphPlan(device) {
+        const std::size_t end = compiled.find('\n');
+        for (std::size_t from = 0; from < end && end != std::string::npos;) {
+            const std::size_t to = std::min(compiled.find(' ', from), end);
+            std::string word = compiled.substr(from, to - from);
+            if (word.find_first_not_of("0123456789") == std::string::npos) {
+                uids_.push_back(std::stoll(word));
+            } else {
+                notes_.push_back(std::move(word));
+            }
+            from = to + 1;
+        }
+        if (uids_.empty() || uids_.size() > max_uids) {
+            throw std::invalid_argument("compiled is not what Plan::compiled() gave");
+        }
+        compiles_ = true;
+        const std::string text = compiled.substr(end + 1);  // cuDNN reads it when it finalizes
+        plan_.set(CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION, text);
+        finalize();
     }
 
     [[nodiscard]] std::size_t workspace_bytes() const noexcept override { return workspace_bytes_; }
     [[nodiscard]] std::vector<std::string> notes() const override { return notes_; }
+
+    // A first line of what else the plan is made of, then cuDNN's text. No streams: libraries that
+    // bring a C++ library of their own, as cuDNN's do, make those of others crash.
+    [[nodiscard]] std::vector<std::string> compiled() const override {
+        if (!compiles_) return std::vector<std::string>(1);
+        std::string text;
+        for (const std::int64_t uid : uids_) text += std::to_string(uid) + ' ';
+        for (const std::string& note : notes_) text += note + ' ';
+        return {text + '\n' + plan_.text(CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION)};
+    }
 
     void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) override {
         cudnnHandle_t handle = handle_for(device_);
@@ -42,8 +73,20 @@ class GraphPlan final : public Plan {
     }
 
   private:
+    explicit GraphPlan(std::int64_t device)
+        : device_(device), plan_(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR) {
+        plan_.set(CUDNN_ATTR_EXECUTION_PLAN_HANDLE, handle_for(device_));
+    }
+
+    void finalize() {
+        plan_.finalize();
+        workspace_bytes_ = static_cast<std::size_t>(
+            plan_.value<std::int64_t>(CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE));
+    }
+
+    static constexpr std::size_t max_uids = 4;
     // uids_'s pointers in their order, the workspace last.
-    using Addresses = std::array<void*, 5>;
+    using Addresses = std::array<void*, max_uids + 1>;
 
     // A finalized pack cannot be changed. An allocator that caches often gives the same addresses
     // again, so the last pack is kept.
@@ -80,6 +123,7 @@ class GraphPlan final : public Plan {
     Addresses packed_{};
     std::vector<std::int64_t> uids_;
     std::vector<std::string> notes_;
+    bool compiles_ = false;
     std::size_t workspace_bytes_ = 0;
 };
 
@@ -88,6 +132,10 @@ class GraphPlan final : public Plan {
 std::unique_ptr<Plan> make_plan(const Problem& problem, Operation operation,
                                 const std::string& engine) {
     return std::make_unique<GraphPlan>(problem, operation, engine);
+}
+
+std::unique_ptr<Plan> restore_plan(std::int64_t device, const std::string& compiled) {
+    return std::make_unique<GraphPlan>(device, compiled);
 }
 
 }  // namespace dgrad::graph

@@ -1,0 +1,286 @@
+"""What cuDNN compiled for a chosen candidate: kept, restored, and not believed where spoiled.
+
+All of it runs on the CPU: the GPU is pretended, and so is what cuDNN compiles.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dgrad
+from dgrad import _kernels, _loader, config, log, store
+from dgrad._runner import Runner
+from dgrad.exceptions import cudnn_error
+from fake_cudnn import FakeEngine, FakeResult, W, X, Y, compute, fake_times, names
+from test_claim import StoredCore, problem
+
+_CORE, _REASON = _loader.load()
+pytestmark = pytest.mark.skipif(_CORE is None, reason=str(_REASON))
+
+PLAIN, FUSED, ROWS = "convolution:eng1", "convolution_bias:eng2", "bias_rows:eng3"
+PASS = f"{PLAIN} + {ROWS}"
+BIAS = torch.tensor([1.0, 2.0])
+BIASED = None if _CORE is None else problem(x=(2, 2, 7, 9), w=(4, 2, 3, 3), bias=True)
+REFUSED = cudnn_error(3000, "not supported", "cudnnBackendFinalize", "")
+
+
+@pytest.fixture(autouse=True)
+def folder(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the store that a pretended GPU has."""
+    properties = SimpleNamespace(name="NVIDIA Pretended 1", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(log, "_warned", {})
+    return own_store / f"NVIDIA-Pretended-1_sm90_cudnn-{_loader.cudnn_version()}_v3"
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> StoredCore:
+    """A core that compiles for the engines which take a bias."""
+    core = StoredCore(FakeResult("ALGO_1", "FMA_MATH"))
+    core.engines = {
+        "convolution": [FakeEngine("eng1", ["TENSOR_CORE"])],
+        "convolution_bias": [FakeEngine("eng2", ["TENSOR_CORE"])],
+        "bias_rows": [FakeEngine("eng3")],
+    }
+    core.compiling = {FUSED, ROWS}
+    core.begin(monkeypatch)
+    compute(core, X)
+    return core
+
+
+def run(core: StoredCore) -> dgrad.Selection:
+    """Run a biased problem as another process would."""
+    dgrad.plan_cache.clear()
+    core.planned.clear()
+    core.restored.clear()
+    core.ran.clear()
+    X.zero_()
+    Runner(BIASED, config.policy(dgrad.Flags(selection="measure"))).run(X, W, Y, BIAS)
+    assert X[0, :, 0, 0].tolist() == pytest.approx([4.0, 5.0])
+    (selection, *_), *_ = dgrad.selections()
+    return selection
+
+
+def kept(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.kernels"))
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def choose(core: StoredCore, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let a plan be the fastest, and measure."""
+    times: dict[str, float | None] = dict.fromkeys((PLAIN, "ALGO_1", FUSED, PASS), 2.0)
+    times[name] = 1.0
+    fake_times(core, monkeypatch, times)
+    run(core)
+    assert names(core)[-1] == name
+
+
+@pytest.mark.parametrize(("name", "compiled"), [(FUSED, FUSED), (PASS, ROWS)])
+def test_what_was_compiled_for_the_chosen_one_is_not_compiled_again(
+    core: StoredCore,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    compiled: str,
+) -> None:
+    choose(core, monkeypatch, name)
+    (file,) = kept(folder)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    before = file.stat().st_mtime_ns
+    assert run(core).source == "stored"
+    assert names(core) == [name]
+    assert core.restored == [compiled]
+    assert tuple(compiled.split(":")) not in core.planned
+    assert kept(folder) == [file]
+    assert file.stat().st_mtime_ns == before
+    assert not warned(caplog)
+
+
+def test_nothing_is_kept_of_a_candidate_that_is_not_compiled(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    choose(core, monkeypatch, "ALGO_1")
+    assert len(list(folder.glob("*.json"))) == 1
+    assert not kept(folder)
+
+
+def test_nothing_is_kept_or_read_where_the_store_is_off(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, own_store: Path
+) -> None:
+    monkeypatch.setenv("DGRAD_STORE", "off")
+    choose(core, monkeypatch, FUSED)
+    run(core)
+    assert core.restored == []
+    assert not own_store.exists()
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+def link(file: Path) -> None:
+    shutil.move(file, file.with_suffix(".real"))
+    file.symlink_to(file.with_suffix(".real"))
+
+
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def huge(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.truncate(1 << 32)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def garbage(file: Path) -> None:
+    file.write_bytes(os.urandom(5000))
+
+
+def no_json(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:32] + b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "spoil", [truncate, flip, link, pipe, directory, huge, empty, garbage, no_json]
+)
+def test_a_spoiled_file_is_a_miss_with_one_warning(
+    core: StoredCore,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[Path], None],
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    (file,) = kept(folder)
+    spoil(file)
+    for _ in range(2):
+        run(core)
+        assert names(core) == [FUSED]
+        assert core.restored == []
+        assert tuple(FUSED.split(":")) in core.planned
+    (text,) = warned(caplog)
+    assert str(file) in text
+
+
+def test_a_file_of_another_problem_or_candidate_is_a_miss(
+    core: StoredCore,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    (file,) = kept(folder)
+    selection = dgrad.selections()[0][0]
+    right = (BIASED, selection.candidate)
+    assert _kernels._read(*right) == [FUSED.encode()]
+    for of in ((problem(), selection.candidate), (BIASED, selection.candidates[0])):
+        shutil.copy(file, folder / _kernels._file_name(*of))
+        assert _kernels._read(*of) == []
+    assert len(warned(caplog)) == 2
+    assert _kernels._read(*right) == [FUSED.encode()]
+
+
+def test_what_cudnn_does_not_restore_is_made_anew(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    core.unrestorable[FUSED] = REFUSED
+    for _ in range(2):
+        run(core)
+        assert names(core) == [FUSED]
+        assert core.restored == [FUSED]
+        assert tuple(FUSED.split(":")) in core.planned
+    (text,) = warned(caplog)
+    assert "graph:eng2" in text
+    assert "not supported" in text
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    core: StoredCore,
+    monkeypatch: pytest.MonkeyPatch,
+    own_store: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    own_store.write_text("a file, and no folder")
+    choose(core, monkeypatch, FUSED)
+    (text,) = warned(caplog)
+    assert "selections are not stored" in text
+
+
+def test_forget_removes_it_and_export_leaves_it_out(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    store.export(tmp_path / "all.json")
+    assert len(kept(folder)) == 1
+    assert b"convolution_bias" not in (tmp_path / "all.json").read_bytes()
+    assert store.forget("no such problem") == 0
+    assert len(kept(folder)) == 1
+    assert store.forget("x=2x2x7x9") == 1
+    assert list(folder.iterdir()) == []
+    choose(core, monkeypatch, FUSED)
+    assert store.forget() == 1
+    assert list(folder.iterdir()) == []
+    assert store.load(tmp_path / "all.json") == 1
+    assert not kept(folder)
+
+
+def test_what_a_killed_process_left_goes(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    (file,) = kept(folder)
+    left = folder / f".{file.name}.{'0' * 16}.tmp"
+    left.touch()
+    an_hour_ago = time.time() - 3700
+    os.utime(left, (an_hour_ago, an_hour_ago))
+    monkeypatch.setattr(store, "_swept", set())
+    file.unlink()
+    run(core)
+    assert kept(folder) == [file]
+    assert not left.exists()
+
+
+def test_the_native_module_refuses_what_it_did_not_give() -> None:
+    assert _CORE is not None
+    for text in (b"", b"120 119\n{}", b"\n{}", b"no such thing"):
+        with pytest.raises((ValueError, dgrad.CudnnError)):
+            _CORE.restored_plan(0, text)
+
+
+def test_too_large_a_text_is_not_kept(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(_kernels, "_MAX_BYTES", 20)
+    choose(core, monkeypatch, FUSED)
+    assert not kept(folder)
