@@ -146,7 +146,7 @@ def test_two_processes_measure_each_problem_once(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.processes
-@pytest.mark.seconds(20)
+@pytest.mark.seconds(15)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_gpus_train_as_one(tmp_path: Path, kind: str) -> None:

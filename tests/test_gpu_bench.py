@@ -31,7 +31,7 @@ LAYERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.seconds(20)
+@pytest.mark.seconds(40)
 @pytest.mark.parametrize(
     ("direction", "directions"),
     [("forward", ["dgrad"]), ("training", ["dgrad", "fprop", "wgrad"])],

@@ -49,7 +49,7 @@ def result(plan: Any, of: Any) -> Tensor:
     return inputs[0]
 
 
-@pytest.mark.seconds(8)
+@pytest.mark.seconds(4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("bias", [False, True])
@@ -116,7 +116,7 @@ print(json.dumps({"measured": len(measured), "layers": told}))
 
 
 @pytest.mark.processes
-@pytest.mark.seconds(30)
+@pytest.mark.seconds(15)
 def test_a_second_process_compiles_nothing(own_store: Path) -> None:
     def run() -> Any:
         done = subprocess.run(

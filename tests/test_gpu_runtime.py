@@ -328,6 +328,7 @@ def test_eight_threads_at_once(same_shapes: bool, own_streams: bool) -> None:
     at_once([work_of(index) for index in range(8)])
 
 
+@pytest.mark.seconds(60)
 def test_threads_while_the_cache_is_cleared_and_shrunk() -> None:
     stop = threading.Event()
     given = [arguments(replace(PLAIN, size=(5 + i, 6))) for i in range(4)]
@@ -495,7 +496,7 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.seconds(20)
+@pytest.mark.seconds(80)
 def test_host_memory_is_bounded_over_many_shapes() -> None:
     dgrad.plan_cache.clear()
     dgrad.plan_cache.max_size = 64

@@ -112,7 +112,7 @@ def test_measuring_leaves_no_trace() -> None:
     assert torch.equal(torch.cuda.get_rng_state(), device)
 
 
-@pytest.mark.seconds(12)
+@pytest.mark.seconds(20)
 def test_the_workspaces_that_were_tried_are_given_back() -> None:
     slack = 64 * 2**20
     given_back = 0
@@ -332,7 +332,7 @@ print(json.dumps({"measured": len(measured), "chosen": chosen, "first": first, "
 
 
 @pytest.mark.processes
-@pytest.mark.seconds(13)
+@pytest.mark.seconds(20)
 def test_a_second_process_measures_nothing_and_starts_at_once(own_store: Path) -> None:
     def run() -> dict[str, Any]:
         done = subprocess.run(
@@ -399,7 +399,7 @@ print(json.dumps([len(measured), [str(s.candidate) for s, _ in dgrad.selections(
 
 
 @pytest.mark.processes
-@pytest.mark.seconds(30)
+@pytest.mark.seconds(6)
 def test_of_processes_that_start_at_once_one_measures_each_problem(tmp_path: Path) -> None:
     if len({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}) > 1:
         pytest.skip("needs GPUs of one name")

@@ -369,7 +369,7 @@ def trained(model: nn.Module, compiled: Callable[[Tensor], Tensor], steps: int) 
 
 @compiles
 @pytest.mark.gpu
-@pytest.mark.seconds(120)
+@pytest.mark.seconds(8)
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # PyTorch's own first one
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -395,7 +395,7 @@ def test_a_compiled_model_trains_as_pytorchs(mode: str, dynamic: bool) -> None:
 
 @compiles
 @pytest.mark.gpu
-@pytest.mark.seconds(20)
+@pytest.mark.seconds(4)
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("called", ["module", "function"])
@@ -436,7 +436,7 @@ def test_compiled_code_is_no_slower_than_eager(
 
 @compiles
 @pytest.mark.gpu
-@pytest.mark.seconds(20)
+@pytest.mark.seconds(5)
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_compiled_code_casts_under_autocast_as_pytorchs(half: torch.dtype) -> None:
     plain = generator()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +56,9 @@ def keep(problem: Problem, candidate: Candidate, plan: Plan) -> None:
     if not any(compiled):
         return
     text = json.dumps([part.decode("latin-1") for part in compiled]).encode()
-    if len(text) + _DIGEST_BYTES <= _MAX_BYTES:
-        store.save(problem, name, _digest(problem, candidate, text) + text)
+    packed = zlib.compress(text, 1)  # hundreds of kilobytes else
+    if len(packed) + _DIGEST_BYTES <= _MAX_BYTES:
+        store.save(problem, name, _digest(problem, candidate, packed) + packed)
 
 
 def _read(problem: Problem, candidate: Candidate) -> list[bytes]:
@@ -72,11 +74,11 @@ def _read(problem: Problem, candidate: Candidate) -> list[bytes]:
     except (OSError, ValueError) as error:
         _refuse(file, str(error))
         return []
-    digest, text = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-    if digest != _digest(problem, candidate, text):
+    digest, packed = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+    if digest != _digest(problem, candidate, packed):
         _refuse(file, "is not what was written")
         return []
-    return [part.encode("latin-1") for part in json.loads(text)]
+    return [part.encode("latin-1") for part in json.loads(zlib.decompress(packed))]
 
 
 def _refuse(file: Path, reason: str) -> None:
@@ -88,6 +90,6 @@ def _file_name(problem: Problem, candidate: Candidate) -> str:
     return f"{file_name(problem).removesuffix('.json')}-{of_candidate}.kernels"
 
 
-def _digest(problem: Problem, candidate: Candidate, text: bytes) -> bytes:
+def _digest(problem: Problem, candidate: Candidate, packed: bytes) -> bytes:
     head = f"{text_of(problem)}\n{candidate}\n".encode()
-    return hashlib.sha256(head + text).digest()
+    return hashlib.sha256(head + packed).digest()
