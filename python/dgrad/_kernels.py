@@ -40,9 +40,8 @@ def make_plan(problem: Problem, candidate: Candidate) -> Plan:
         try:
             return _candidates.make_plan(problem, candidate, kept)
         except CudnnError as error:  # of another driver, perhaps
-            log.warn_once(
-                str(problem), "what cuDNN compiled for %s is not used: %s", candidate, error
-            )
+            about = _file_name(problem, candidate)
+            log.warn_once(about, "what cuDNN compiled for %s is not used: %s", candidate, error)
     return _candidates.make_plan(problem, candidate)
 
 
