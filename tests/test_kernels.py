@@ -21,7 +21,7 @@ import dgrad
 from dgrad import _kernels, _loader, config, log, store
 from dgrad._runner import Runner
 from dgrad.exceptions import cudnn_error
-from fake_cudnn import FakeEngine, FakeResult, W, X, Y, compute, fake_times, names
+from fake_cudnn import FakeEngine, FakePlan, FakeResult, W, X, Y, compute, fake_times, names
 from test_claim import StoredCore, problem
 
 _CORE, _REASON = _loader.load()
@@ -40,6 +40,7 @@ def folder(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     properties = SimpleNamespace(name="NVIDIA Pretended 1", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(log, "_warned", {})
+    monkeypatch.setattr(_kernels, "_refused", set())
     return own_store / f"NVIDIA-Pretended-1_sm90_cudnn-{_loader.cudnn_version()}_v3"
 
 
@@ -183,13 +184,19 @@ def test_a_spoiled_file_is_a_miss_with_one_warning(
     choose(core, monkeypatch, FUSED)
     (file,) = kept(folder)
     spoil(file)
-    for _ in range(2):
-        run(core)
-        assert names(core) == [FUSED]
-        assert core.restored == []
-        assert tuple(FUSED.split(":")) in core.planned
-    (text,) = warned(caplog)
+    run(core)
+    assert names(core) == [FUSED]
+    assert core.restored == []
+    assert tuple(FUSED.split(":")) in core.planned
+    text, *others = warned(caplog)
     assert str(file) in text
+    if spoil is directory:  # which stays where it is
+        assert "Is a directory" in others.pop()
+    else:
+        run(core)
+        assert core.restored == [FUSED], "the file was replaced"
+    assert not others
+    assert len(warned(caplog)) == 1 + (spoil is directory)
 
 
 def test_a_file_of_another_problem_or_candidate_is_a_miss(
@@ -221,7 +228,26 @@ def test_what_cudnn_does_not_restore_is_made_anew(
         assert core.restored == [FUSED]
         assert tuple(FUSED.split(":")) in core.planned
     (text,) = warned(caplog)
-    assert "graph:eng2" in text
+    assert "cannot be restored" in text
+    assert "not supported" in text
+    core.unrestorable.clear()
+    run(core)
+    assert core.planned == []
+
+
+def test_a_cudnn_that_gives_no_text_costs_a_warning(
+    core: StoredCore,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(_plan: object) -> list[bytes]:
+        raise REFUSED
+
+    monkeypatch.setattr(FakePlan, "compiled", property(refuse, lambda *_: None), raising=False)
+    choose(core, monkeypatch, FUSED)
+    assert not kept(folder)
+    (text,) = warned(caplog)
     assert "not supported" in text
 
 

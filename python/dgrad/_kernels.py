@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _MAX_BYTES = 16 << 20
 _DIGEST_BYTES = 32
 
+_refused: set[Path] = set()  # files that this process could not use, to be replaced
+
 
 def make_plan(problem: Problem, candidate: Candidate) -> Plan:
     """As :func:`dgrad._candidates.make_plan`, without compiling what is kept."""
@@ -40,8 +42,8 @@ def make_plan(problem: Problem, candidate: Candidate) -> Plan:
         try:
             return _candidates.make_plan(problem, candidate, kept)
         except CudnnError as error:  # of another driver, perhaps
-            about = _file_name(problem, candidate)
-            log.warn_once(about, "what cuDNN compiled for %s is not used: %s", candidate, error)
+            file = (store.folder_of(problem) or Path()) / _file_name(problem, candidate)
+            _refuse(file, f"cannot be restored: {error}")
     return _candidates.make_plan(problem, candidate)
 
 
@@ -49,15 +51,20 @@ def keep(problem: Problem, candidate: Candidate, plan: Plan) -> None:
     """Keep what cuDNN compiled for a plan of this candidate, if it did. Raises nothing."""
     name = _file_name(problem, candidate)
     folder = store.folder_of(problem)
-    if folder is None or os.path.lexists(folder / name):
+    if folder is None or (os.path.lexists(folder / name) and folder / name not in _refused):
         return
-    compiled = plan.compiled
+    try:
+        compiled = plan.compiled
+    except CudnnError as error:
+        log.warn_once("compiled", "what cuDNN compiles is not kept: %s", error)
+        return
     if not any(compiled):
         return
     text = json.dumps([part.decode("latin-1") for part in compiled]).encode()
     packed = zlib.compress(text, 1)  # hundreds of kilobytes else
     if len(packed) + _DIGEST_BYTES <= _MAX_BYTES:
         store.save(problem, name, _digest(problem, candidate, packed) + packed)
+        _refused.discard(folder / name)
 
 
 def _read(problem: Problem, candidate: Candidate) -> list[bytes]:
@@ -81,6 +88,7 @@ def _read(problem: Problem, candidate: Candidate) -> list[bytes]:
 
 
 def _refuse(file: Path, reason: str) -> None:
+    _refused.add(file)
     log.warn_once(str(file), "the compiled kernels %r are not used: it %s", str(file), reason)
 
 
