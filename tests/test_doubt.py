@@ -21,8 +21,9 @@ from dgrad import _loader, config, log, store
 from dgrad._call import call_for
 from dgrad._check import WRONG
 from dgrad._geometry import Geometry
-from dgrad._knowledge import Knowledge
+from dgrad._knowledge import Knowledge, knowledge_of
 from dgrad._runner import Runner
+from dgrad._stored import UNNAMED
 from dgrad._watch import watching
 from fake_cudnn import (
     FakeCore,
@@ -321,3 +322,13 @@ def test_who_asked_replaces_the_entry_though_another_runs_first(
     assert names(core)[-2:] == ["ALGO_1", "ALGO_1"]
     assert len(warned()) == 1
     assert len(json.loads(entry().read_text())["candidates"]) == 3
+
+
+def test_a_late_failure_does_not_hide_that_cudnn_names_no_such_engine(core: StoredCore) -> None:
+    store.write(problem(), UNKNOWN)
+    known = knowledge_of(problem())
+    (index,) = (i for i, c in enumerate(known.candidates) if c.algorithm == "eng999")
+    assert known.ask_again()
+    # Another thread had begun to make a plan of it before.
+    assert known.reject(index, "no such engine", False).rejected == UNNAMED
+    assert known.candidates[index].rejected == UNNAMED

@@ -113,6 +113,17 @@ class Knowledge:
             self._replace(candidates)
             return candidate
 
+    def reject(self, index: int, text: str, out_of_memory: bool) -> Candidate:
+        """Note why a candidate does not run, unless another thread has found a reason meanwhile."""
+        with self._lock:
+            candidates = self._unpacked()
+            if candidates[index].rejected is None:
+                candidates[index] = replace(
+                    candidates[index], rejected=text, out_of_memory=out_of_memory
+                )
+                self._replace(candidates)
+            return candidates[index]
+
     def add(self, candidate: Candidate) -> int:
         """Append a candidate; its index."""
         with self._lock:

@@ -328,7 +328,7 @@ class Runner:
             raise error  # cuDNN does not start: no fault of the candidate
         text, out_of_memory = reason(self._knowledge.candidates[index], error)
         self._knowledge.forget(chosen=index)
-        candidate = self._knowledge.update(index, rejected=text, out_of_memory=out_of_memory)
+        candidate = self._knowledge.reject(index, text, out_of_memory)
         log.rejected(self._problem, candidate)
 
     def selection(self) -> Selection:
