@@ -438,7 +438,11 @@ def test_compiled_code_is_no_slower_than_eager(
 @pytest.mark.gpu
 @pytest.mark.seconds(5)
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_compiled_code_casts_under_autocast_as_pytorchs(half: torch.dtype) -> None:
+def test_compiled_code_casts_under_autocast_as_pytorchs(
+    half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PyTorch 2.11 takes what it kept of the other half type, for operators of its own too.
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
     plain = generator()
     converted = copy.deepcopy(plain)
     dgrad.convert(converted)
