@@ -94,11 +94,12 @@ void bind_plan(py::module_& m) {
         .def_property_readonly("notes", &dgrad::Plan::notes)
         .def_property_readonly("compiled",
                                [](const dgrad::Plan& plan) {
-                                   std::vector<py::bytes> found;
-                                   for (const std::string& text : plan.compiled()) {
-                                       found.emplace_back(text);
+                                   std::vector<std::string> texts;
+                                   {
+                                       const py::gil_scoped_release released;
+                                       texts = plan.compiled();
                                    }
-                                   return found;
+                                   return std::vector<py::bytes>(texts.begin(), texts.end());
                                })
         .def(
             "execute",

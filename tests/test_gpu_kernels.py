@@ -75,6 +75,7 @@ def test_a_restored_plan_gives_the_same_bits_sooner(dtype: str, layout: str, bia
             restored = core.restored_plan(0, text)
             took = time.perf_counter() - between
             print(f"{operation} {engine.name}: {middle - begin:.3f} s, {took:.3f} s")
+            assert took < middle - begin
             assert (restored.notes, restored.workspace_bytes) == (made.notes, made.workspace_bytes)
             assert restored.compiled == [text]
             wanted = result(made, of)
@@ -132,9 +133,7 @@ def test_a_second_process_compiles_nothing(own_store: Path) -> None:
     for before, after in zip(first["layers"], second["layers"], strict=True):
         assert after["chosen"] == before["chosen"]
         assert max(before["error"], after["error"]) < 1e-2
-        for restored, compiles, seconds in after["made"]:
-            assert restored is compiles
-            assert not compiles or seconds < 0.1
-            compiled += compiles
+        assert all(restored is compiles for restored, compiles, _ in after["made"])
+        compiled += any(compiles for _, compiles, _ in after["made"])
     assert compiled == len(list(own_store.glob("*/*.kernels")))
     assert compiled > 0

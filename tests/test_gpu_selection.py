@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -496,7 +497,7 @@ def choices(count: int) -> list[Any]:
 @pytest.mark.seconds(150)
 def test_twenty_fresh_processes_choose_alike(pytestconfig: pytest.Config) -> None:
     runs = choices(20)
-    unlike = []
+    unlike: list[tuple[str, str, dict[str, float]]] = []
     for problem in zip(*runs, strict=True):
         # What decides is of the median of all processes: one alone would judge itself.
         samples: dict[str, list[Candidate]] = {}
@@ -510,11 +511,14 @@ def test_twenty_fresh_processes_choose_alike(pytestconfig: pytest.Config) -> Non
         known = decisive_ms(candidates, range(len(candidates)))
         takes = {str(candidates[i]): time for i, time in known.items()}
         for name, chosen, _ in problem:
-            if takes.get(chosen, math.inf) > 1.03 * min(takes.values()):
+            if takes and takes.get(chosen, math.inf) > 1.03 * min(takes.values()):
                 unlike.append((name, chosen, takes))
     print(f"{len(unlike)} of {20 * len(runs[0])} choices are more than 3 % behind: {unlike}")
-    # Other parts of the tests run on this GPU at the same time, and disturb some.
-    assert len(unlike) <= (10 if pytestconfig.getoption("part") else 0)
+    if pytestconfig.getoption("part"):  # others run on this GPU at the same time, and disturb some
+        assert len(unlike) <= 10
+        assert max(Counter(name for name, _, _ in unlike).values(), default=0) <= 5
+    else:
+        assert not unlike
 
 
 def test_a_capture_measures_nothing_and_names_warm_up(

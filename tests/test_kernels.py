@@ -41,6 +41,8 @@ def folder(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(log, "_warned", {})
     monkeypatch.setattr(_kernels, "_refused", set())
+    monkeypatch.setattr(_kernels, "_distrusted", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return own_store / f"NVIDIA-Pretended-1_sm90_cudnn-{_loader.cudnn_version()}_v3"
 
 
@@ -83,13 +85,16 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
 def choose(core: StoredCore, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Let a plan be the fastest, and measure."""
     times: dict[str, float | None] = dict.fromkeys((PLAIN, "ALGO_1", FUSED, PASS), 2.0)
+    times |= {PASS: 1.8, "ALGO_1": 1.9} if name.startswith("ALGO_1 ") else {}
     times[name] = 1.0
     fake_times(core, monkeypatch, times)
     run(core)
     assert names(core)[-1] == name
 
 
-@pytest.mark.parametrize(("name", "compiled"), [(FUSED, FUSED), (PASS, ROWS)])
+@pytest.mark.parametrize(
+    ("name", "compiled"), [(FUSED, FUSED), (PASS, ROWS), (f"ALGO_1 + {ROWS}", ROWS)]
+)
 def test_what_was_compiled_for_the_chosen_one_is_not_compiled_again(
     core: StoredCore,
     monkeypatch: pytest.MonkeyPatch,
@@ -209,12 +214,22 @@ def test_a_file_of_another_problem_or_candidate_is_a_miss(
     (file,) = kept(folder)
     selection = dgrad.selections()[0][0]
     right = (BIASED, selection.candidate)
-    assert _kernels._read(*right) == [FUSED.encode()]
-    for of in ((problem(), selection.candidate), (BIASED, selection.candidates[0])):
-        shutil.copy(file, folder / _kernels._file_name(*of))
-        assert _kernels._read(*of) == []
-    assert len(warned(caplog)) == 2
-    assert _kernels._read(*right) == [FUSED.encode()]
+    assert _kernels._read(file, *right) == [FUSED.encode()]
+    another = next(c for c in selection.candidates if c.bias == "eng3")
+    for of in ((problem(), selection.candidate), (BIASED, another)):
+        other = _kernels._file(*of)
+        assert other is not None
+        shutil.copy(file, other)
+        assert _kernels._read(other, *of) == []
+    elsewhere = folder.with_name("another GPU") / file.name
+    elsewhere.parent.mkdir()
+    shutil.copy(file, elsewhere)
+    assert _kernels._read(elsewhere, *right) == []
+    assert len(warned(caplog)) == 3
+    assert _kernels._read(file, *right) == [FUSED.encode()]
+    later = SimpleNamespace(__version__="of another graph")
+    monkeypatch.setattr(_kernels, "_loader", SimpleNamespace(require=lambda: later))
+    assert _kernels._read(file, *right) == []
 
 
 def test_what_cudnn_does_not_restore_is_made_anew(
@@ -297,10 +312,59 @@ def test_what_a_killed_process_left_goes(
     assert not left.exists()
 
 
+def test_kernels_that_do_not_run_are_compiled_once_more(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    failed = []
+
+    def execute(plan: FakePlan, *arguments: int) -> None:
+        if plan.name == FUSED and core.restored and not failed:
+            failed.append(plan)
+            raise cudnn_error(5000, "no such kernel", "cudnnBackendExecute", "")
+        real(plan, *arguments)
+
+    real = FakePlan.execute
+    monkeypatch.setattr(FakePlan, "execute", execute)
+    run(core)
+    assert len(failed) == 1
+    assert names(core) == [FUSED]
+    assert tuple(FUSED.split(":")) in core.planned
+    (text,) = warned(caplog)
+    assert "no such kernel" in text
+    run(core)
+    assert core.planned == [], "the file was replaced"
+
+
+def test_a_candidate_that_does_not_run_either_way_is_rejected(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    core.failing[FUSED] = cudnn_error(5000, "no such kernel", "cudnnBackendExecute", "")
+    run(core)
+    assert core.attempts[-3:-1] == [FUSED] * 2
+    assert names(core) != [FUSED]
+
+
+def test_a_capture_says_nothing_of_kernels(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    core.unrestorable[FUSED] = cudnn_error(4004, "no memory", "cudnnCreate", "")
+    dgrad.plan_cache.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    candidate = store.read(BIASED)
+    assert candidate is not None
+    fused = next(c for c in candidate if c.bias == "fused")
+    with pytest.raises(dgrad.CudnnError, match="no memory"):
+        _kernels.make_plan(BIASED, fused)
+    assert not warned(caplog)
+
+
 def test_the_native_module_refuses_what_it_did_not_give() -> None:
     assert _CORE is not None
-    for text in (b"", b"120 119\n{}", b"\n{}", b"no such thing"):
-        with pytest.raises((ValueError, dgrad.CudnnError)):
+    for text in (b"", b"120 119 {}", b"\n{}", b"no such thing\n{}", b"7 120\n{}", b"9" * 30):
+        with pytest.raises(ValueError, match="compiled"):
             _CORE.restored_plan(0, text)
 
 

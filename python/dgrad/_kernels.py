@@ -7,7 +7,7 @@ entry of the store, in a file of its own.
 Note [Kernels]
 The text holds code for the GPU, which cuDNN does not check. So these files are no part of what the
 store exports or loads. They are read only where they and both folders are the user's own and no
-link, and each begins with a digest of the problem, the candidate and the text: what was spoiled or
+link, and each begins with a digest of the text and all that it was made for: what was spoiled or
 exchanged is a miss, and cuDNN compiles again.
 """
 
@@ -20,11 +20,13 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import _candidates, log, store
+import torch
+
+from . import _candidates, _loader, log, store
 from ._files import read_own
 from ._stored import file_name, text_of
-from .exceptions import CudnnError
-from .selection import Candidate
+from .exceptions import CudnnError, CudnnNotInitializedError
+from .selection import ADD, Candidate
 
 if TYPE_CHECKING:
     from ._core import Plan, Problem
@@ -33,25 +35,45 @@ _MAX_BYTES = 16 << 20
 _DIGEST_BYTES = 32
 
 _refused: set[Path] = set()  # files that this process could not use, to be replaced
+_distrusted: set[Path] = set()  # those of plans that failed and were compiled once more
 
 
 def make_plan(problem: Problem, candidate: Candidate) -> Plan:
     """As :func:`dgrad._candidates.make_plan`, without compiling what is kept."""
-    kept = _read(problem, candidate)
-    if kept:
+    file = _file(problem, candidate)
+    kept = _read(file, problem, candidate) if file else []
+    if file and kept:
         try:
             return _candidates.make_plan(problem, candidate, kept)
-        except CudnnError as error:  # of another driver, perhaps
-            file = (store.folder_of(problem) or Path()) / _file_name(problem, candidate)
+        except (CudnnError, ValueError) as error:  # of another driver, perhaps
+            if _says_nothing(error):
+                raise
             _refuse(file, f"cannot be restored: {error}")
     return _candidates.make_plan(problem, candidate)
 
 
+def distrust(problem: Problem, candidate: Candidate, error: Exception) -> bool:
+    """Whether a plan that failed may have been restored, and is to be compiled once more."""
+    file = _file(problem, candidate)
+    if file is None or file in _distrusted or not os.path.lexists(file):
+        return False
+    if not isinstance(error, CudnnError) or _says_nothing(error):
+        return False
+    _distrusted.add(file)
+    _refuse(file, f"did not run: {error}")
+    return True
+
+
+def _says_nothing(error: Exception) -> bool:
+    """Of the kernels: cuDNN does not start, or cannot in a capture."""
+    not_started = isinstance(error, CudnnNotInitializedError)
+    return not_started or torch.cuda.is_current_stream_capturing()
+
+
 def keep(problem: Problem, candidate: Candidate, plan: Plan) -> None:
     """Keep what cuDNN compiled for a plan of this candidate, if it did. Raises nothing."""
-    name = _file_name(problem, candidate)
-    folder = store.folder_of(problem)
-    if folder is None or (os.path.lexists(folder / name) and folder / name not in _refused):
+    file = _file(problem, candidate)
+    if file is None or (os.path.lexists(file) and file not in _refused):
         return
     try:
         compiled = plan.compiled
@@ -63,16 +85,23 @@ def keep(problem: Problem, candidate: Candidate, plan: Plan) -> None:
     text = json.dumps([part.decode("latin-1") for part in compiled]).encode()
     packed = zlib.compress(text, 1)  # hundreds of kilobytes else
     if len(packed) + _DIGEST_BYTES <= _MAX_BYTES:
-        store.save(problem, name, _digest(problem, candidate, packed) + packed)
-        _refused.discard(folder / name)
+        store.save(problem, file.name, _digest(file, problem, candidate, packed) + packed)
+        _refused.discard(file)
 
 
-def _read(problem: Problem, candidate: Candidate) -> list[bytes]:
-    """What is kept of a candidate's parts, nothing if that is not to be used."""
+def _file(problem: Problem, candidate: Candidate) -> Path | None:
+    """Where that of a candidate is kept; None if it has nothing to compile, or nobody keeps it."""
     folder = store.folder_of(problem)
-    if folder is None or candidate.provider != "graph":
+    if folder is None or (candidate.provider == "legacy" and candidate.bias in (None, ADD)):
+        return None
+    of_candidate = hashlib.sha256(str(candidate).encode()).hexdigest()[:16]
+    return folder / f"{file_name(problem).removesuffix('.json')}-{of_candidate}.kernels"
+
+
+def _read(file: Path, problem: Problem, candidate: Candidate) -> list[bytes]:
+    """What is kept of a candidate's parts, nothing if that is not to be used."""
+    if file in _refused:
         return []
-    file = folder / _file_name(problem, candidate)
     try:
         data = read_own(file, _MAX_BYTES)
     except FileNotFoundError:
@@ -81,7 +110,7 @@ def _read(problem: Problem, candidate: Candidate) -> list[bytes]:
         _refuse(file, str(error))
         return []
     digest, packed = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-    if digest != _digest(problem, candidate, packed):
+    if digest != _digest(file, problem, candidate, packed):
         _refuse(file, "is not what was written")
         return []
     return [part.encode("latin-1") for part in json.loads(zlib.decompress(packed))]
@@ -92,11 +121,8 @@ def _refuse(file: Path, reason: str) -> None:
     log.warn_once(str(file), "the compiled kernels %r are not used: it %s", str(file), reason)
 
 
-def _file_name(problem: Problem, candidate: Candidate) -> str:
-    of_candidate = hashlib.sha256(str(candidate).encode()).hexdigest()[:16]
-    return f"{file_name(problem).removesuffix('.json')}-{of_candidate}.kernels"
-
-
-def _digest(problem: Problem, candidate: Candidate, packed: bytes) -> bytes:
-    head = f"{text_of(problem)}\n{candidate}\n".encode()
-    return hashlib.sha256(head + packed).digest()
+def _digest(file: Path, problem: Problem, candidate: Candidate, packed: bytes) -> bytes:
+    """It holds for this version of dgrad, which makes the graph, and for this GPU and cuDNN."""
+    version = _loader.require().__version__
+    head = f"{version}\n{file.parent.name}\n{text_of(problem)}\n{candidate}\n"
+    return hashlib.sha256(head.encode() + packed).digest()

@@ -114,13 +114,13 @@ class Knowledge:
             return candidate
 
     def reject(self, index: int, text: str, out_of_memory: bool) -> Candidate:
-        """Note why a candidate does not run, unless another thread has found a reason meanwhile."""
+        """Note why a candidate does not run, unless another thread has found why; a lack of memory
+        may pass, and any other reason counts more."""
         with self._lock:
             candidates = self._unpacked()
-            if candidates[index].rejected is None:
-                candidates[index] = replace(
-                    candidates[index], rejected=text, out_of_memory=out_of_memory
-                )
+            known = candidates[index]
+            if known.rejected is None or (known.out_of_memory and not out_of_memory):
+                candidates[index] = replace(known, rejected=text, out_of_memory=out_of_memory)
                 self._replace(candidates)
             return candidates[index]
 

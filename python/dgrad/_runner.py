@@ -100,7 +100,9 @@ class Runner:
             except _FAILURES as error:
                 if isinstance(error, CudnnError) and torch.cuda.is_current_stream_capturing():
                     raise  # of the capture, perhaps, and not of the candidate
-                self._reject(self._index, error)
+                candidate = self._knowledge.candidates[self._index]
+                if not _kernels.distrust(self._problem, candidate, error):
+                    self._reject(self._index, error)
                 self._plan = None
                 continue
             if self.use is None:

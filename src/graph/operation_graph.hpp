@@ -1,6 +1,7 @@
 // What is computed, as cuDNN's backend API takes it: tensors, operations, the graph of them.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -24,6 +25,7 @@ Operation parse_operation(const std::string& text);
 
 // The tensors by the names that a variant pack gives pointers to.
 enum class Uid : std::int64_t { x = 'x', w = 'w', y = 'y', bias = 'b', sum = 's' };
+inline constexpr std::array<Uid, 5> all_uids{Uid::x, Uid::w, Uid::y, Uid::bias, Uid::sum};
 
 // The graph, and whatever must live as long.
 struct OperationGraph {

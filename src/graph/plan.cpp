@@ -13,6 +13,50 @@
 namespace dgrad::graph {
 namespace {
 
+constexpr std::size_t max_uids = 4;
+
+// What a plan is made of again: cuDNN's text, and what that does not tell.
+struct Compiled {
+    std::vector<std::int64_t> uids;
+    std::vector<std::string> notes;
+    std::string text;
+};
+
+// A line of the uids and the notes, then cuDNN's text. No streams: libraries that bring a C++
+// library of their own, as cuDNN's do, make those of others crash.
+std::string to_text(const Compiled& compiled) {
+    std::string line;
+    for (const std::int64_t uid : compiled.uids) line += std::to_string(uid) + ' ';
+    for (const std::string& note : compiled.notes) line += note + ' ';
+    return line + '\n' + compiled.text;
+}
+
+Compiled parse(const std::string& text) {
+    Compiled compiled;
+    const std::size_t end = std::min(text.find('\n'), text.size());
+    for (std::size_t from = 0; from < end;) {
+        const std::size_t to = std::min(text.find(' ', from), end);
+        const std::string word = text.substr(from, to - from);
+        const auto uid = std::find_if(all_uids.begin(), all_uids.end(), [&](Uid each) {
+            return word == std::to_string(static_cast<std::int64_t>(each));
+        });
+        if (uid != all_uids.end()) {
+            compiled.uids.push_back(static_cast<std::int64_t>(*uid));
+        } else {
+            compiled.notes.push_back(word);
+        }
+        from = to + 1;
+    }
+    const bool named =
+        std::none_of(compiled.notes.begin(), compiled.notes.end(),
+                     [](const auto& note) { return note.find_first_of("0123456789") == 0; });
+    if (end == text.size() || !named || compiled.uids.empty() || compiled.uids.size() > max_uids) {
+        throw std::invalid_argument("compiled is not what Plan.compiled gave");
+    }
+    compiled.text = text.substr(end + 1);
+    return compiled;
+}
+
 class GraphPlan final : public Plan {
   public:
     GraphPlan(const Problem& problem, Operation operation, const std::string& engine)
@@ -26,38 +70,22 @@ class GraphPlan final : public Plan {
         finalize();
     }
 
-    GraphPlan(std::int64_t device, const std::string& compiled) : GraphPlan(device) {
-        const std::size_t end = compiled.find('\n');
-        for (std::size_t from = 0; from < end && end != std::string::npos;) {
-            const std::size_t to = std::min(compiled.find(' ', from), end);
-            std::string word = compiled.substr(from, to - from);
-            if (word.find_first_not_of("0123456789") == std::string::npos) {
-                uids_.push_back(std::stoll(word));
-            } else {
-                notes_.push_back(std::move(word));
-            }
-            from = to + 1;
-        }
-        if (uids_.empty() || uids_.size() > max_uids) {
-            throw std::invalid_argument("compiled is not what Plan::compiled() gave");
-        }
+    GraphPlan(std::int64_t device, Compiled compiled) : GraphPlan(device) {
+        uids_ = std::move(compiled.uids);
+        notes_ = std::move(compiled.notes);
         compiles_ = true;
-        const std::string text = compiled.substr(end + 1);  // cuDNN reads it when it finalizes
-        plan_.set(CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION, text);
+        // cuDNN reads the text when it finalizes.
+        plan_.set(CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION, compiled.text);
         finalize();
     }
 
     [[nodiscard]] std::size_t workspace_bytes() const noexcept override { return workspace_bytes_; }
     [[nodiscard]] std::vector<std::string> notes() const override { return notes_; }
 
-    // A first line of what else the plan is made of, then cuDNN's text. No streams: libraries that
-    // bring a C++ library of their own, as cuDNN's do, make those of others crash.
     [[nodiscard]] std::vector<std::string> compiled() const override {
         if (!compiles_) return std::vector<std::string>(1);
-        std::string text;
-        for (const std::int64_t uid : uids_) text += std::to_string(uid) + ' ';
-        for (const std::string& note : notes_) text += note + ' ';
-        return {text + '\n' + plan_.text(CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION)};
+        return {
+            to_text({uids_, notes_, plan_.text(CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION)})};
     }
 
     void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) override {
@@ -84,7 +112,6 @@ class GraphPlan final : public Plan {
             plan_.value<std::int64_t>(CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE));
     }
 
-    static constexpr std::size_t max_uids = 4;
     // uids_'s pointers in their order, the workspace last.
     using Addresses = std::array<void*, max_uids + 1>;
 
@@ -135,7 +162,7 @@ std::unique_ptr<Plan> make_plan(const Problem& problem, Operation operation,
 }
 
 std::unique_ptr<Plan> restore_plan(std::int64_t device, const std::string& compiled) {
-    return std::make_unique<GraphPlan>(device, compiled);
+    return std::make_unique<GraphPlan>(device, parse(compiled));
 }
 
 }  // namespace dgrad::graph
