@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dgrad
-from dgrad import _candidates, _runner, config
+from dgrad import _candidates, _measuring, _runner, config
 from dgrad._geometry import Pair
 from dgrad._runner import Runner
 from dgrad.exceptions import CudnnError, TorchOutOfMemoryError, cudnn_error
@@ -187,7 +187,8 @@ class FakeCore:
         fake_torch = SimpleNamespace(
             UntypedStorage=self.storage, device=torch.device, _C=driver, cuda=cuda
         )
-        monkeypatch.setattr(_runner, "torch", fake_torch)
+        for module in (_runner, _measuring):
+            monkeypatch.setattr(module, "torch", fake_torch)
 
 
 Start = Callable[..., FakeCore]
@@ -289,5 +290,5 @@ def fake_times(
             contestant.reached = time_ms is not None
             contestant.samples_ms = [] if time_ms is None else [time_ms]
 
-    monkeypatch.setattr(_runner, "measure", measure)
+    monkeypatch.setattr(_measuring, "measure", measure)
     return measured

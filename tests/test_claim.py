@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import dgrad
-from dgrad import _claim, _loader, _runner, config, log, store
+from dgrad import _claim, _loader, _measuring, _runner, config, log, store
 from dgrad._runner import Runner
 from dgrad._watch import watching
 from fake_cudnn import FakeCore, FakeEngine, FakeResult, W, X, Y, compute, fake_times, names
@@ -426,7 +426,7 @@ def slow_times(
 ) -> list[list[str]]:
     """As fake_times, and so many seconds each; each measuring of any process is a line."""
     measured = fake_times(core, monkeypatch, TIMES)
-    quick: Any = vars(_runner)["measure"]
+    quick: Any = vars(_measuring)["measure"]
 
     def measure(*arguments: Any) -> None:
         with log_file.open("a") as lines:
@@ -434,7 +434,7 @@ def slow_times(
         time.sleep(seconds)
         quick(*arguments)
 
-    monkeypatch.setattr(_runner, "measure", measure)
+    monkeypatch.setattr(_measuring, "measure", measure)
     return measured
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import dgrad
-from dgrad import _runner, store
+from dgrad import _measuring, store
 from dgrad.cli import main
 from dgrad.measure import measure
 from pretended import LAYER, LAYERS, MODEL, problem, told
@@ -39,7 +39,7 @@ def _measurings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(1)
         real(*arguments)
 
-    monkeypatch.setattr(_runner, "measure", counted)
+    monkeypatch.setattr(_measuring, "measure", counted)
     return found
 
 

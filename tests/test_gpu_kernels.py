@@ -88,9 +88,9 @@ def test_a_restored_plan_gives_the_same_bits_sooner(dtype: str, layout: str, bia
 # Meets biased layers, and tells of each plan made whether it was compiled, and how long it took.
 START = """
 import json, time, torch, dgrad
-from dgrad import _candidates, _runner
-measured, measure = [], _runner.measure
-_runner.measure = lambda *a: (measured.append(1), measure(*a))
+from dgrad import _candidates, _measuring
+measured, measure = [], _measuring.measure
+_measuring.measure = lambda *a: (measured.append(1), measure(*a))
 made, build = [], _candidates._built
 
 def timed(*arguments):

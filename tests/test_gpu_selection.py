@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dgrad
-from dgrad import _runner
+from dgrad import _measuring
 from dgrad.measure import CLOSE, measure
 from dgrad.planner import decisive_ms
 from dgrad.selection import Candidate
@@ -148,7 +148,7 @@ def test_two_threads_that_meet_the_same_problem_measure_it_once(
         calls.append(1)
         measure(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_runner, "measure", counted)
+    monkeypatch.setattr(_measuring, "measure", counted)
     x, w = tensors()
     expected = F.conv_transpose2d(x.double(), w.double())
     torch.cuda.synchronize()
@@ -176,7 +176,7 @@ def test_another_limit_determinism_or_precision_needs_no_new_measuring(
     x, w = tensors((8, 64, 128, 128), (64, 64, 3, 3))
     with dgrad.flags(selection="exhaustive"):
         dgrad.conv_transpose2d(x, w)
-        monkeypatch.setattr(_runner, "measure", lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(_measuring, "measure", lambda *_: pytest.fail("measured again"))
         with dgrad.flags(deterministic=True):
             dgrad.conv_transpose2d(x, w)
         with dgrad.flags(workspace_limit=0):
@@ -206,7 +206,7 @@ def test_allowing_tf32_needs_no_new_measuring(
     with dgrad.flags(measure_budget=0.3):
         with dgrad.flags(allow_tf32=False):
             strict = call().detach()
-        monkeypatch.setattr(_runner, "measure", lambda *_: pytest.fail("measured again"))
+        monkeypatch.setattr(_measuring, "measure", lambda *_: pytest.fail("measured again"))
         call()
         dgrad.plan_cache.clear()  # as another process
         call()
@@ -268,10 +268,10 @@ def test_strict_float32_never_runs_tf32(selection: str) -> None:
 # differ in their batch alone, so that most of their kernels are loaded by the one before them.
 FIRST_CALLS = """
 import json, statistics, time, torch, dgrad
-from dgrad import _runner
+from dgrad import _measuring
 measured = []
-measure = _runner.measure
-_runner.measure = lambda *a: (measured.append(1), measure(*a))
+measure = _measuring.measure
+_measuring.measure = lambda *a: (measured.append(1), measure(*a))
 
 def layer(n):
     return [torch.randn(shape, device="cuda", requires_grad=True)
@@ -372,12 +372,12 @@ def test_a_second_process_measures_nothing_and_starts_at_once(own_store: Path) -
 # Meets some problems as soon as the others are there too.
 MEET = """
 import json, os, sys, time, torch, dgrad
-from dgrad import _runner
+from dgrad import _measuring
 from pathlib import Path
 folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.cuda.set_device(rank % torch.cuda.device_count())
-measured, measure = [], _runner.measure
-_runner.measure = lambda *a: (measured.append(1), measure(*a))
+measured, measure = [], _measuring.measure
+_measuring.measure = lambda *a: (measured.append(1), measure(*a))
 
 def tensors(n):
     return [torch.randn(shape, device="cuda") for shape in ((n, 32, 40, 40), (32, 32, 3, 3))]
@@ -528,8 +528,8 @@ def test_a_capture_measures_nothing_and_names_warm_up(
     torch.cuda.synchronize()
     x, w = tensors()
     caplog.set_level(logging.INFO, "dgrad")
-    real = _runner.measure
-    monkeypatch.setattr(_runner, "measure", lambda *_: pytest.fail("measured in a capture"))
+    real = _measuring.measure
+    monkeypatch.setattr(_measuring, "measure", lambda *_: pytest.fail("measured in a capture"))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = dgrad.conv_transpose2d(x, w)
@@ -538,7 +538,7 @@ def test_a_capture_measures_nothing_and_names_warm_up(
     graph.replay()
     assert relative_error(y, F.conv_transpose2d(x.double(), w.double())) < 2e-3
     # After the capture the problem is measured like any other.
-    monkeypatch.setattr(_runner, "measure", real)
+    monkeypatch.setattr(_measuring, "measure", real)
     dgrad.conv_transpose2d(x, w)
     assert dgrad.selections()[-1][0].source == "measured"
 

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dgrad
-from dgrad import _knowledge, _loader, _runner, config
+from dgrad import _knowledge, _loader, _measuring, config
 from dgrad._knowledge import Knowledge, knowledge_of
 from dgrad._runner import Runner
 from dgrad._watch import watching
@@ -565,7 +565,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> Iterator[CrowdedCore]:
             contestant.reached = True
             contestant.samples_ms = [core.random.uniform(0.01, 10)]
 
-    monkeypatch.setattr(_runner, "measure", measure)
+    monkeypatch.setattr(_measuring, "measure", measure)
     dgrad.plan_cache.clear()
     yield core
     dgrad.plan_cache.clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dgrad
-from dgrad import _runner, config
+from dgrad import _measuring, _runner, config
 from dgrad._knowledge import everything, knowledge_of
 from dgrad._runner import Runner
 from dgrad.exceptions import TorchOutOfMemoryError, cudnn_error
@@ -198,7 +198,7 @@ def test_in_a_capture_nothing_is_measured_for_tf32_either(
 ) -> None:
     core = start(*EITHER)
     monkeypatch.setattr(vars(_runner)["torch"].cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(_runner, "measure", lambda *_: pytest.fail("measured in a capture"))
+    monkeypatch.setattr(_measuring, "measure", lambda *_: pytest.fail("measured in a capture"))
     run(STRICT, selection="measure")
     assert names(core) == ["ALGO_0"]
     assert len(everything()) == 1

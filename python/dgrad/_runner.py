@@ -4,7 +4,6 @@ candidate where one fails."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from operator import methodcaller
 from typing import TYPE_CHECKING
@@ -13,20 +12,16 @@ import torch
 from torch.profiler import record_function
 
 from . import _kernels, _loader, config, log, store
-from ._candidates import other_precision, pass_operation, with_best_pass
-from ._check import Check
+from ._candidates import other_precision, pass_operation
 from ._knowledge import Use, knowledge_of
+from ._measuring import FAILURES, UNPLANNABLE, Measuring, timing_policy
 from ._refusal import nothing_usable, reason
 from ._watch import note, profiling, watchers
 from .config import Policy
 from .exceptions import (
     CudnnError,
-    CudnnExecutionError,
-    CudnnInternalError,
     CudnnNotInitializedError,
-    TorchOutOfMemoryError,
 )
-from .measure import Contestant, measure
 from .planner import objection, preference, selection_of, source_of, untimed
 from .selection import ADD, FUSED, Selection
 
@@ -34,12 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ._core import Plan, Problem, ReadyCall
-
-    Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None]  # x, w, y, and a bias if there is one
-
-_UNPLANNABLE = (CudnnError, ValueError)
-_FAILURES = (*_UNPLANNABLE, TorchOutOfMemoryError)
-_PASSING = (CudnnExecutionError, CudnnInternalError)  # may not last: not for the store
+    from ._measuring import Tensors
 
 
 class Runner:
@@ -60,15 +50,12 @@ class Runner:
         "_problem",
         "_provisional",
         "_repeats",
-        "_timing",
         "use",
     )
 
     def __init__(self, problem: Problem, policy: Policy) -> None:
         self._problem = problem
         self._policy = policy
-        # All that determinism decides between is timed at once: switching it measures nothing.
-        self._timing = policy._replace(deterministic=False)
         self._device = torch.device("cuda", problem.device)
         self._plan: Plan | None = None
         self.use: Use | None = None  # of what was announced, to count it
@@ -97,7 +84,7 @@ class Runner:
                         self._execute(self._plan, self._bias, x, w, y, bias)
                 else:
                     self._execute(self._plan, self._bias, x, w, y, bias)
-            except _FAILURES as error:
+            except FAILURES as error:
                 if isinstance(error, CudnnError) and torch.cuda.is_current_stream_capturing():
                     raise  # of the capture, perhaps, and not of the candidate
                 candidate = self._knowledge.candidates[self._index]
@@ -194,7 +181,7 @@ class Runner:
         for index in preference(knowledge.candidates, problem.direction, policy):
             try:
                 plan = self._make_plan(index)
-            except _UNPLANNABLE as error:
+            except UNPLANNABLE as error:
                 self._reject(index, error)
                 continue
             candidate = knowledge.candidates[index]
@@ -219,7 +206,15 @@ class Runner:
                 knowledge.refresh()
                 missing = self._untimed()
                 if missing:
-                    self._measure(missing, tensors)
+                    Measuring(
+                        problem,
+                        self._policy,
+                        knowledge,
+                        tensors,
+                        make_plan=self._make_plan,
+                        execute=self._execute,
+                        reject=self._reject,
+                    ).measure(missing)
             knowledge.forget(policy=self._policy)  # what ran in a capture is chosen anew
         strict = problem.dtype == "float32" and not problem.tf32
         if missing and strict and not config.tf32_overridden():
@@ -236,7 +231,8 @@ class Runner:
             log.not_measured(other._problem, error)
 
     def _untimed(self) -> list[int]:
-        return untimed(self._knowledge.candidates, self._problem.direction, self._timing)
+        timing = timing_policy(self._policy)
+        return untimed(self._knowledge.candidates, self._problem.direction, timing)
 
     def _make_plan(self, index: int) -> Plan:
         candidate = self._knowledge.candidates[index]
@@ -244,85 +240,6 @@ class Runner:
         if plan.workspace_bytes != candidate.workspace_bytes:  # the heuristic's is an estimate
             self._knowledge.update(index, workspace_bytes=plan.workspace_bytes)
         return plan
-
-    def _measure(self, indices: list[int], tensors: Tensors) -> None:
-        """Time candidates on the caller's tensors: the result is overwritten by the run after."""
-        problem, policy, knowledge = self._problem, self._policy, self._knowledge
-        x, w, y, _ = tensors
-        result = {"dgrad": x, "fprop": y, "wgrad": w}[problem.direction]
-        check = Check(result, problem)
-        reserved = torch.cuda.memory_reserved(self._device)
-        self._run_earlier(indices[0], tensors, check)
-        contestants: dict[int, Contestant] = {}
-
-        def enter(index: int) -> Contestant:
-            contestants[index] = Contestant(
-                partial(self._build, index), partial(self._prepare, index, tensors, check), check
-            )
-            return contestants[index]
-
-        def late() -> list[Contestant]:
-            candidates = knowledge.candidates
-            for index, contestant in contestants.items():
-                candidates[index] = replace(candidates[index], time_ms=contestant.time_ms)
-            combined = with_best_pass(candidates) if problem.bias else None
-            return [] if combined is None else [enter(knowledge.add(combined))]
-
-        budget_s = policy.measure_budget if policy.selection == "measure" else None
-        measure([enter(index) for index in indices], budget_s, _FAILURES, late)
-        self._learn(contestants)
-        check.drop()
-        if torch.cuda.memory_reserved(self._device) > reserved:
-            # The allocator would keep the workspaces of all that were tried.
-            torch.cuda.empty_cache()
-        knowledge.source = "measured"
-        candidates = knowledge.candidates
-        for index, contestant in contestants.items():
-            if isinstance(contestant.error, _PASSING):
-                candidates[index] = replace(candidates[index], rejected=None, skipped=True)
-        if any(candidate.time_ms is not None for candidate in candidates):
-            store.write(problem, candidates)
-
-    def _run_earlier(self, begin: int, tensors: Tensors, check: Check) -> None:
-        """Give the check the first candidate's result, where that one is not timed this time."""
-        direction, policy = self._problem.direction, self._timing
-        for index, candidate in enumerate(self._knowledge.candidates[:begin]):
-            if objection(candidate, direction, policy) is not None:
-                continue
-            try:
-                run = self._prepare(index, tensors, check, self._build(index))
-                if run is not None:
-                    run()
-                    check()
-                    return
-            except _FAILURES as error:
-                self._reject(index, error)
-
-    def _build(self, index: int) -> Plan:
-        """Make a candidate's plan, on whatever thread."""
-        with torch.cuda.device(self._device):
-            return self._make_plan(index)
-
-    def _prepare(
-        self, index: int, tensors: Tensors, check: Check, plan: Plan
-    ) -> Callable[[], None] | None:
-        candidate = self._knowledge.candidates[index]
-        if objection(candidate, self._problem.direction, self._timing) is not None:
-            return None
-        check.spoil()
-        return partial(self._execute, plan, candidate.bias, *tensors)
-
-    def _learn(self, contestants: dict[int, Contestant]) -> None:
-        for index, contestant in contestants.items():
-            if contestant.error is not None:
-                self._reject(index, contestant.error)
-            else:
-                self._knowledge.update(
-                    index,
-                    time_ms=contestant.time_ms,
-                    device_ms=contestant.device_ms,
-                    skipped=not contestant.reached,
-                )
 
     def _reject(self, index: int, error: Exception) -> None:
         """Note that a candidate does not run, for all threads."""
