@@ -51,6 +51,7 @@ class Runner:
 
     __slots__ = (
         "_bias",
+        "_built",
         "_corrects",
         "_device",
         "_index",
@@ -71,6 +72,7 @@ class Runner:
         self._timing = policy._replace(deterministic=False)
         self._device = torch.device("cuda", problem.device)
         self._plan: Plan | None = None
+        self._built: dict[int, Plan] = {}  # what was timed, of which one is the plan
         self.use: Use | None = None  # of what was announced, to count it
         self._provisional = False
         self._corrects = False  # whether what runs was withheld by the store
@@ -193,13 +195,14 @@ class Runner:
             self._complete(tensors)
         for index in preference(knowledge.candidates, problem.direction, policy):
             try:
-                plan = self._make_plan(index)
+                plan = self._built.get(index) or self._make_plan(index)
             except _UNPLANNABLE as error:
                 self._reject(index, error)
                 continue
             candidate = knowledge.candidates[index]
             if objection(candidate, problem.direction, policy) is not None:
                 continue  # the plan knows a larger workspace than the heuristic did
+            self._built.clear()
             _kernels.keep(problem, candidate, plan)
             self._index, self._plan, self._bias = index, plan, candidate.bias
             self.use = None if self._corrects else knowledge.ran.get(policy)
@@ -207,6 +210,7 @@ class Runner:
                 log.captured(problem)
             knowledge.pack()
             return True
+        self._built.clear()
         return False
 
     def _complete(self, tensors: Tensors) -> None:
@@ -310,6 +314,7 @@ class Runner:
         if objection(candidate, self._problem.direction, self._timing) is not None:
             return None
         check.spoil()
+        self._built[index] = plan
         return partial(self._execute, plan, candidate.bias, *tensors)
 
     def _learn(self, contestants: dict[int, Contestant]) -> None:
