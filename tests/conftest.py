@@ -56,7 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=_part,
         metavar="K/N",
         help="run the K-th of N parts of the gpu tests; `python tests/merge_gpu.py` makes one "
-        "record of all",
+        "record of all. The last one has the tests that want the GPU for themselves: to be run "
+        "after the others",
     )
 
 
@@ -121,10 +122,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     part = config.getoption("part")
     if part is not None:
         of_gpu = [item for item in items if item.get_closest_marker("gpu") is not None]
+        alone = [item for item in of_gpu if item.get_closest_marker("alone") is not None]
+        number, count = part
+        if alone and count > 1:
+            of_gpu = [item for item in of_gpu if item not in alone]
+            count -= 1
         costs = [_cost_s(item) for item in of_gpu]
         order = sorted(range(len(of_gpu)), key=lambda i: -costs[i])  # the long ones first
-        kept = in_part([costs[i] for i in order], *part)
+        kept = in_part([costs[i] for i in order], number, count)
         items[:] = [of_gpu[i] for i, keep in sorted(zip(order, kept, strict=True)) if keep]
+        if number > count:
+            items[:] = alone
     reason = dgrad.unavailable_reason()
     if reason is not None:
         skip = pytest.mark.skip(reason=f"dgrad cannot run on a GPU here: {reason}")

@@ -239,7 +239,6 @@ def test_compare_keeps_the_batch_when_asked(write: Any, capsys: pytest.CaptureFi
         ([("def get_init_inputs", "def other")], 2, "the file lacks get_init_inputs"),
         ([("class Model", "class Other")], 2, "the file lacks Model"),
         ([("import torch\n", "import no_such_module\n")], 2, "cannot be imported at line 2"),
-        ([("import torch\n", "import torch; raise SystemExit(0)\n")], 2, "cannot be imported"),
         ([("[2]", "[0.5]")], 2, "Model(*get_init_inputs()) failed"),
         ([("return [2]", "return 2")], 2, "get_init_inputs() returned a int: expected a list"),
         ([("return [torch.rand(4,", "return [1 / 0, torch.rand(4,")], 2, "get_inputs() failed"),
@@ -326,21 +325,20 @@ def test_compare_refuses_a_gpu_that_dgrad_cannot_use(
 _BENCH = Path(__file__).with_name("results") / "bench-forward-h200.json"
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    ("arguments", "codes"),
+    ("arguments", "unbuffered", "codes"),
     [
-        (["info"], {141}),
-        (["--help"], {0, 141}),  # argparse may not notice
-        (["bench", "--from", str(_BENCH)], {141}),
-        (["store", "list"], {141}),
-        (["store", "export", "/dev/stdout"], {141}),
-        (["store", "load", "no_such_file.json"], {141}),  # of stderr
+        (["info"], "", {141}),
+        (["--help"], "", {0, 141}),  # argparse may not notice
+        (["--help"], "1", {0, 141}),
+        (["bench", "--from", str(_BENCH)], "1", {141}),
+        (["store", "export", "/dev/stdout"], "", {141}),
+        (["store", "load", "no_such_file.json"], "1", {141}),  # of stderr
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
 def test_a_closed_pipe_ends_a_command_quietly(
-    tmp_path: Path, arguments: list[str], codes: set[int], unbuffered: str
+    tmp_path: Path, arguments: list[str], unbuffered: str, codes: set[int]
 ) -> None:
     reader, writer = os.pipe()
     os.close(reader)

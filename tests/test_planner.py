@@ -73,6 +73,20 @@ def test_a_runner_plans_once_and_runs_often(start: Start) -> None:
     assert len(core.ran) == 3
 
 
+def test_the_plan_that_was_timed_is_the_one_that_runs(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(*THREE)
+    fake_times(core, monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 2.0, "GEMM": 3.0})
+    run(selection="measure")
+    assert names(core)[-1] == "ALGO_1"
+    assert len(core.planned) == len(set(core.planned)) == 3
+    # The others are gone: another thread's, or another choice, is made anew.
+    run(selection="measure", algorithm="legacy:GEMM")
+    assert names(core)[-1] == "GEMM"
+    assert len(core.planned) == 4
+
+
 def test_cudnn_is_asked_once_for_each_problem(start: Start) -> None:
     core = start(FakeResult("ALGO_1"))
     problem = FakeProblem(dtype="float64", tf32=False)

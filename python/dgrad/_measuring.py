@@ -66,6 +66,7 @@ class Measuring:
         self._make_plan = make_plan
         self._execute = execute
         self._reject = reject
+        self.plans: dict[int, Plan] = {}  # what was timed
 
     def measure(self, indices: list[int]) -> None:
         """Time candidates on the caller's tensors: the result is overwritten by the run after."""
@@ -130,6 +131,7 @@ class Measuring:
         if objection(candidate, self._problem.direction, self._timing) is not None:
             return None
         check.spoil()
+        self.plans[index] = plan
         return partial(self._execute, plan, candidate.bias, *self._tensors)
 
     def _learn(self, contestants: dict[int, Contestant]) -> None:

@@ -41,6 +41,7 @@ class Runner:
 
     __slots__ = (
         "_bias",
+        "_built",
         "_corrects",
         "_device",
         "_index",
@@ -58,6 +59,7 @@ class Runner:
         self._policy = policy
         self._device = torch.device("cuda", problem.device)
         self._plan: Plan | None = None
+        self._built: dict[int, Plan] = {}  # what was timed, of which one is the plan
         self.use: Use | None = None  # of what was announced, to count it
         self._provisional = False
         self._corrects = False  # whether what runs was withheld by the store
@@ -180,13 +182,14 @@ class Runner:
             self._complete(tensors)
         for index in preference(knowledge.candidates, problem.direction, policy):
             try:
-                plan = self._make_plan(index)
+                plan = self._built.get(index) or self._make_plan(index)
             except UNPLANNABLE as error:
                 self._reject(index, error)
                 continue
             candidate = knowledge.candidates[index]
             if objection(candidate, problem.direction, policy) is not None:
                 continue  # the plan knows a larger workspace than the heuristic did
+            self._built.clear()
             _kernels.keep(problem, candidate, plan)
             self._index, self._plan, self._bias = index, plan, candidate.bias
             self.use = None if self._corrects else knowledge.ran.get(policy)
@@ -194,6 +197,7 @@ class Runner:
                 log.captured(problem)
             knowledge.pack()
             return True
+        self._built.clear()
         return False
 
     def _complete(self, tensors: Tensors) -> None:
@@ -206,7 +210,7 @@ class Runner:
                 knowledge.refresh()
                 missing = self._untimed()
                 if missing:
-                    Measuring(
+                    measuring = Measuring(
                         problem,
                         self._policy,
                         knowledge,
@@ -214,7 +218,9 @@ class Runner:
                         make_plan=self._make_plan,
                         execute=self._execute,
                         reject=self._reject,
-                    ).measure(missing)
+                    )
+                    measuring.measure(missing)
+                    self._built = measuring.plans
             knowledge.forget(policy=self._policy)  # what ran in a capture is chosen anew
         strict = problem.dtype == "float32" and not problem.tf32
         if missing and strict and not config.tf32_overridden():
