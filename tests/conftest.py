@@ -1,14 +1,11 @@
-"""Options, the header, skipping without a GPU, clean switches, and the record of a gpu run."""
+"""Options, the header, parts, skipping without a GPU, stores of a test's own, clean switches."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
+import logging
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +14,15 @@ import torch
 from torch import Tensor
 
 import dgrad
-from code_hash import code_hash
-from dgrad import _ops, measure
+from dgrad import _ops, log, measure, store
 from dgrad import config as dgrad_config
 from dgrad._layers import DIRECTIONS
 from dgrad.bench import environment
 from dgrad.config import PROVIDERS
+from gpu_record import Record
 from reference import Case, pytorch_tf32, random_case, set_pytorch_tf32
+from stored import HERE
 
-_TESTS = Path(__file__).resolve().parent
-_RESULTS = _TESTS / "results"
 _DEFAULT_SEED = 20260117
 _MEASURE_BUDGET_S = 0.004  # of a problem
 _USUAL_S = 0.5  # what a gpu test takes that is not marked
@@ -65,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
     text = config.getoption("repro")
     if text is not None:
         config.stash[_REPRO] = _parse_repro(text, config.getoption("seed"))
-    config.pluginmanager.register(_Record(config), "dgrad-gpu-record")
+    config.pluginmanager.register(Record(config), "dgrad-gpu-record")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -175,6 +171,31 @@ def own_store(_no_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
+def store_root(_no_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of the test's own for a GPU that is made up; nothing of the user's can be reached."""
+    root = tmp_path / "store"
+    for variable in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.setenv("DGRAD_STORE", str(root))
+    monkeypatch.setattr(store, "_folder_name", lambda device: HERE)
+    monkeypatch.setattr(log, "_warned", {})
+    monkeypatch.setattr(store, "_swept", set())
+    return root
+
+
+@pytest.fixture
+def warnings_of_store(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    def texts() -> list[str]:
+        return [
+            record.getMessage()
+            for record in caplog.records
+            if record.name == "dgrad" and record.levelno >= logging.WARNING
+        ]
+
+    return texts
+
+
+@pytest.fixture
 def file(tmp_path: Path) -> Callable[..., str]:
     """Write a file: text, a list as JSON, or JSON lines."""
 
@@ -229,104 +250,3 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(input, weight, bias) if input.is_cuda or input.numel() == 0 else None
 
     monkeypatch.setattr(_ops, "unsuitable", unsuitable)
-
-
-# --- the record of a gpu run --------------------------------------------------------------------
-
-
-class _Record:
-    """Writes results/gpu.json after a run of all gpu tests; part of them leaves it as it is.
-
-    With --provider it is results/gpu-PROVIDER.json, with --part a file for merge_gpu.py.
-    """
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        self._selected: list[str] = []
-        self._outcomes: dict[str, str] = {}
-        self._ran: set[str] = set()
-        self._duration_s = 0.0
-        self._is_partial = not _covers_all_tests(config)
-
-    def pytest_deselected(self, items: list[pytest.Item]) -> None:
-        if any(item.get_closest_marker("gpu") is not None for item in items):
-            self._is_partial = True
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self._is_partial = True
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self._selected = [
-            item.nodeid for item in session.items if item.get_closest_marker("gpu") is not None
-        ]
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if "gpu" not in report.keywords:
-            return
-        self._duration_s += report.duration
-        if report.when == "call" and not report.skipped:
-            self._ran.add(report.nodeid)
-        if report.failed or report.when == "call" or report.skipped:
-            worst = self._outcomes.get(report.nodeid) == "failed"
-            self._outcomes[report.nodeid] = "failed" if worst else report.outcome
-
-    def pytest_sessionfinish(self) -> None:
-        if self._is_partial or not self._ran or len(self._outcomes) != len(self._selected):
-            return
-        record = _RESULTS / f"{self._name()}.json"
-        record.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = record.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self._to_dict(), indent=1) + "\n")
-        os.replace(unfinished, record)
-
-    def _name(self) -> str:
-        provider, part = (self._config.getoption(name) for name in ("provider", "part"))
-        name = f"gpu-{provider}" if provider else "gpu"
-        return f"{name}.part-{part[0]}-of-{part[1]}" if part else name
-
-    def _to_dict(self) -> dict[str, Any]:
-        versions = environment.versions()
-        outcomes = list(self._outcomes.values())
-        return {
-            "device": torch.cuda.get_device_name(0),
-            "driver": versions["driver"],
-            "cuda": versions["cuda"],
-            "cudnn": versions["cudnn_loaded"],
-            "cudnn_compiled": versions["cudnn_compiled"],
-            "pytorch": versions["torch"],
-            "python": platform.python_version(),
-            "dgrad": versions["dgrad"],
-            "command": _command(self._config),
-            "passed": outcomes.count("passed"),
-            "failed": outcomes.count("failed"),
-            "skipped": outcomes.count("skipped"),
-            "failures": [name for name, outcome in self._outcomes.items() if outcome == "failed"],
-            "duration_s": round(self._duration_s, 1),
-            "seed": self._config.getoption("seed"),
-            "code_hash": code_hash(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-
-
-def _covers_all_tests(config: pytest.Config) -> bool:
-    """Whether the command line leaves no test file out; the deselected ones are told apart later.
-
-    Some options leave tests out while they are collected, and no hook tells of them.
-    """
-    if any(config.getoption(name, None) for name in ("ignore", "ignore_glob", "lf", "collectonly")):
-        return False
-    paths = [config.invocation_params.dir / argument for argument in config.args]
-    return any("::" not in str(path) and _TESTS.is_relative_to(path.resolve()) for path in paths)
-
-
-def _command(config: pytest.Config) -> str:
-    """The command line, without the folders of this machine."""
-    words = []
-    for word in map(str, config.invocation_params.args):
-        path = Path(word)
-        if path.is_absolute():
-            inside = path.is_relative_to(config.rootpath)
-            word = str(path.relative_to(config.rootpath)) if inside else path.name
-        words.append(word)
-    return shlex.join(["pytest", *words])

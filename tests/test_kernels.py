@@ -22,6 +22,7 @@ from dgrad import _kernels, _loader, config, log, store
 from dgrad._runner import Runner
 from dgrad.exceptions import cudnn_error
 from fake_cudnn import FakeEngine, FakePlan, FakeResult, W, X, Y, compute, fake_times, names
+from stored import a_fifo, a_folder, a_link
 from test_claim import StoredCore, problem
 
 _CORE, _REASON = _loader.load()
@@ -144,21 +145,6 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def link(file: Path) -> None:
-    shutil.move(file, file.with_suffix(".real"))
-    file.symlink_to(file.with_suffix(".real"))
-
-
-def pipe(file: Path) -> None:
-    file.unlink()
-    os.mkfifo(file)
-
-
-def directory(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
 def huge(file: Path) -> None:
     with file.open("r+b") as stream:
         stream.truncate(1 << 32)
@@ -177,7 +163,7 @@ def no_json(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [truncate, flip, link, pipe, directory, huge, empty, garbage, no_json]
+    "spoil", [truncate, flip, a_link, a_fifo, a_folder, huge, empty, garbage, no_json]
 )
 def test_a_spoiled_file_is_a_miss_with_one_warning(
     core: StoredCore,
@@ -195,13 +181,13 @@ def test_a_spoiled_file_is_a_miss_with_one_warning(
     assert tuple(FUSED.split(":")) in core.planned
     text, *others = warned(caplog)
     assert str(file) in text
-    if spoil is directory:  # which stays where it is
+    if spoil is a_folder:  # which stays where it is
         assert "Is a directory" in others.pop()
     else:
         run(core)
         assert core.restored == [FUSED], "the file was replaced"
     assert not others
-    assert len(warned(caplog)) == 1 + (spoil is directory)
+    assert len(warned(caplog)) == 1 + (spoil is a_folder)
 
 
 def test_a_file_of_another_problem_or_candidate_is_a_miss(

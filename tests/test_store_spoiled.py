@@ -1,0 +1,376 @@
+"""What anybody spoiled in the store is a miss with one warning, and no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dgrad import Candidate, _stored, store
+from stored import (
+    BIASED,
+    CANDIDATES,
+    HERE,
+    MARKS,
+    OTHER_GPU,
+    assert_is_a_miss_with_one_warning,
+    content_of,
+    fork,
+    make_problem,
+    numbered,
+    set_in,
+    spoiled,
+    wait,
+    without,
+    written,
+)
+
+pytestmark = MARKS
+
+
+def test_a_file_cut_off_anywhere_is_a_miss(
+    store_root: Path, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    store.write(make_problem(), CANDIDATES[:1])
+    (file,) = (store_root / HERE).iterdir()
+    whole = file.read_bytes()
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        assert store.read(make_problem()) is None
+    assert len(warnings_of_store()) == 1
+    store.write(make_problem(), CANDIDATES)
+    assert store.read(make_problem()) == CANDIDATES
+
+
+class Harmful:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (os.environ["DGRAD_STORE"] + ".harm",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 100,
+        bytes(range(256)),
+        b" " * 70_000,
+        b"[" * 3000,
+        b"[" * 60_000,
+        b'{"a":' * 3000,
+        b"null",
+        b"1" * 5000,
+        b"NaN",
+        b"[]",
+        b'"text"',
+        b"{}",
+        b"\xef\xbb\xbf{}",
+        "{}".encode("utf-16"),
+        b'{"problem": {}, "candidates": []}',
+        b"__import__('os').mkdir('harm')",
+        b'{"py/object": "os.mkdir", "__reduce__": ["os.mkdir", ["harm"]], "__class__": "Problem"}',
+        b"!!python/object/apply:os.mkdir ['harm']",
+        pickle.dumps(Harmful),
+    ],
+    ids=lambda content: repr(content[:12]),
+)
+def test_what_is_no_entry_is_a_miss(
+    store_root: Path, content: bytes, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    spoiled(store_root, content)
+    assert_is_a_miss_with_one_warning(warnings_of_store)
+
+
+def test_nothing_that_is_read_is_executed(
+    store_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    warnings_of_store: Callable[[], list[str]],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    harm = Path(f"{store_root}.harm")
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        pickled = pickle.dumps(Harmful(), protocol)
+        spoiled(store_root, pickled)
+        assert store.read(make_problem()) is None
+        with pytest.raises(ValueError, match="is not an export"):
+            store.load(next((store_root / HERE).iterdir()))
+        assert not harm.exists()
+    assert len(warnings_of_store()) == 1
+    pickle.loads(pickled)
+    assert harm.exists()  # so it would have been noticed
+
+
+def test_deep_nesting_is_a_miss_even_where_the_program_allows_deep_recursion(
+    store_root: Path,
+) -> None:
+    def read() -> None:
+        import sys
+
+        sys.setrecursionlimit(10**6)
+        assert store.read(make_problem()) is None
+
+    for content in (b"[" * 65_536, b'{"a":' * 13_000):
+        spoiled(store_root, content)
+        assert wait(fork(read)) == 0
+
+
+FIRST = ("candidates", 0)
+WRONG = {
+    "another field": set_in("more", to=1),
+    "no problem": without("problem"),
+    "no candidates": without("candidates"),
+    "problem is a list": set_in("problem", to=[]),
+    "problem with a device": set_in("problem", "device", to=0),
+    "problem without groups": without("problem", "groups"),
+    "problem of another size": set_in("problem", "x", to=[2, 8, 18, 17]),
+    "problem of another direction": set_in("problem", "direction", to="wgrad"),
+    "tf32 is 1": set_in("problem", "tf32", to=1),
+    "groups is true": set_in("problem", "groups", to=True),
+    "groups is 1.0": set_in("problem", "groups", to=1.0),
+    "x is text": set_in("problem", "x", to="2x8x17x17"),
+    "x is nested": set_in("problem", "x", to=[[2, 8, 17, 17]]),
+    "candidates is an object": set_in("candidates", to={"0": {}}),
+    "candidates is empty": set_in("candidates", to=[]),
+    "candidates is text": set_in("candidates", to="ALGO_1"),
+    "candidate is null": set_in(*FIRST, to=None),
+    "candidate is a list": set_in(*FIRST, to=["legacy", "ALGO_1"]),
+    "candidate with out_of_memory": set_in(*FIRST, "out_of_memory", to=True),
+    "candidate without a time": without(*FIRST, "time_ms"),
+    "candidate without a time on the device": without(*FIRST, "device_ms"),
+    "time on the device is text": set_in(*FIRST, "device_ms", to="0.1"),
+    "provider unknown": set_in(*FIRST, "provider", to="kernel"),
+    "provider is a path": set_in(*FIRST, "provider", to="../legacy"),
+    "provider is null": set_in(*FIRST, "provider", to=None),
+    "algorithm unknown": set_in(*FIRST, "algorithm", to="ALGO_9"),
+    "algorithm of wgrad": set_in(*FIRST, "algorithm", to="ALGO_3"),
+    "algorithm is a number": set_in(*FIRST, "algorithm", to=1),
+    "algorithm is a list": set_in(*FIRST, "algorithm", to=["ALGO_1"]),
+    "algorithm is very long": set_in(*FIRST, "algorithm", to="A" * 50_000),
+    "math type unknown": set_in(*FIRST, "math_type", to="UNKNOWN_MATH"),
+    "math type is an object": set_in(*FIRST, "math_type", to={}),
+    "deterministic is 1": set_in(*FIRST, "deterministic", to=1),
+    "deterministic is text": set_in(*FIRST, "deterministic", to="true"),
+    "workspace is negative": set_in(*FIRST, "workspace_bytes", to=-1),
+    "workspace is true": set_in(*FIRST, "workspace_bytes", to=True),
+    "workspace is a float": set_in(*FIRST, "workspace_bytes", to=4096.0),
+    "workspace is over 64 bits": set_in(*FIRST, "workspace_bytes", to=2**64),
+    "workspace is enormous": set_in(*FIRST, "workspace_bytes", to=10**4000),
+    "time is NaN": set_in(*FIRST, "time_ms", to=float("nan")),
+    "time is inf": set_in(*FIRST, "time_ms", to=float("inf")),
+    "time is -inf": set_in(*FIRST, "time_ms", to=float("-inf")),
+    "time is negative": set_in(*FIRST, "time_ms", to=-0.5),
+    "time is zero": set_in(*FIRST, "time_ms", to=0.0),
+    "time is hours": set_in(*FIRST, "time_ms", to=1e7),
+    "time is an int": set_in(*FIRST, "time_ms", to=1),
+    "time is true": set_in(*FIRST, "time_ms", to=True),
+    "time is text": set_in(*FIRST, "time_ms", to="0.1"),
+    "skipped is 0": set_in(*FIRST, "skipped", to=0),
+    "skipped is null": set_in(*FIRST, "skipped", to=None),
+    "rejected is false": set_in(*FIRST, "rejected", to=False),
+    "rejected is empty": set_in(*FIRST, "rejected", to=""),
+    "rejected is very long": set_in(*FIRST, "rejected", to="x" * 301),
+    "rejected commands the terminal": set_in(*FIRST, "rejected", to="\x1b[2J"),
+    "rejected has lines": set_in(*FIRST, "rejected", to="a\nERROR b"),
+    "rejected is no text": set_in(*FIRST, "rejected", to="\ud800"),
+    "a candidate twice": lambda entry: set_in("candidates", 1, to=entry["candidates"][0])(entry),
+    "nothing may run": lambda entry: set_in("candidates", to=[entry["candidates"][3]])(entry),
+    "257 candidates": lambda entry: set_in("candidates", to=[{}] * 257)(entry),
+    "a million candidates": lambda entry: set_in("candidates", to=[0] * 10**6)(entry),
+}
+
+NOT_A_FEW_CANDIDATES = {label for label in WRONG if label.startswith(("candidates is", "257"))}
+
+
+@pytest.mark.parametrize("label", WRONG)
+def test_an_entry_with_something_wrong_is_a_miss(
+    store_root: Path, label: str, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    file = written(store_root)
+    file.write_text(json.dumps(WRONG[label](content_of(file))))
+    text = assert_is_a_miss_with_one_warning(warnings_of_store)
+    assert str(file) in text
+    assert ("1 to 256 candidates" in text) == (label in NOT_A_FEW_CANDIDATES)
+    assert store.list() == []
+
+
+@pytest.mark.parametrize("label", WRONG)
+def test_an_export_with_something_wrong_is_refused_as_a_whole(
+    store_root: Path, tmp_path: Path, label: str
+) -> None:
+    file = written(store_root)
+    good = content_of(file)
+    bad = WRONG[label](content_of(file))
+    store.forget()
+    if label.startswith("problem of another"):
+        bad["problem"]["x"] = [2, 8, 99, 17]  # not another problem, but none at all
+    exported = tmp_path / "bad.json"
+    exported.write_text(json.dumps({"format": 3, "folders": {OTHER_GPU: [good, bad]}}))
+    with pytest.raises(ValueError, match=f"entry 1 of {OTHER_GPU}") as error:
+        store.load(exported)
+    assert len(str(error.value)) < 1000
+    assert store.list() == []
+
+
+def test_the_entry_of_another_problem_under_this_name_is_a_miss(
+    store_root: Path, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    other, mine = written(store_root, numbered(1)), written(store_root)
+    os.replace(other, mine)
+    text = assert_is_a_miss_with_one_warning(warnings_of_store)
+    assert "is for another problem" in text
+    assert store.list() == []
+
+
+ENGINE = ("candidates", 4)
+LONGEST = "eng999999999" + "_k999999999=999999999" * 64
+WRONG_ENGINES = (
+    "", "eng", "eng-5", "eng+5", "eng 5", " eng5", "eng5 ", "eng5\n", "eng5\0", "ENG5", "5",
+    "xeng5", "eng5.0", "eng0x5", "eng1000000000", "eng\u0665", "eng5_k\u0662=3", "eng5_k2=\uff13",
+    "eng5_", "eng5_k2", "eng5_k2=", "eng5_k-2=3", "eng5_k=3", "eng5_k2=3_", "eng5_k2=3,k4=0",
+    "eng5_k2==3", "eng5k2=3", LONGEST + "_k1=1", "+identity", "eng5identity", "eng5+", "eng5+bias",
+    "eng5+identity ", "eng5+identity+identity", "eng5+identityeng5", "+identityeng5",
+    "eng+identity", "engines", "engines+identity",  # stand for a refusal, and may not run
+    "engines5", "ALGO_1", "graph:eng5", "legacy:ALGO_1", "../eng5", "eng5/../eng6", "eng5;eng6",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_ENGINES, ids=ascii)
+def test_a_wrong_engine_is_a_miss(
+    store_root: Path, name: str, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    file = written(store_root)
+    file.write_text(json.dumps(set_in(*ENGINE, "algorithm", to=name)(content_of(file))))
+    assert "whose algorithm is" in assert_is_a_miss_with_one_warning(warnings_of_store)
+    assert store.list() == []
+
+
+@pytest.mark.parametrize("direction", ["fprop", "wgrad"])
+def test_a_compiled_engine_of_a_gradient_is_a_miss(
+    direction: str, store_root: Path, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    problem = make_problem(direction=direction)  # it can be wrong: see gather
+    store.write(problem, [CANDIDATES[4]])
+    file = store_root / HERE / _stored.file_name(problem)
+    assert store.read(problem) == [CANDIDATES[4]]
+    changed = set_in(*FIRST, "algorithm", to="eng5_k2=3_k24=0+identity")(content_of(file))
+    file.write_text(json.dumps(changed))
+    text = assert_is_a_miss_with_one_warning(warnings_of_store, problem)
+    assert "whose algorithm is 'eng5_k2=3_k24=0+identity'" in text
+
+
+@pytest.mark.parametrize("name", ["eng5_k2=3_k24=0", "ALGO_9", "IMPLICIT_GEMM", "engines"])
+def test_an_engine_is_no_legacy_algorithm(
+    store_root: Path, name: str, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    file = written(store_root)
+    file.write_text(json.dumps(set_in(*FIRST, "algorithm", to=name)(content_of(file))))
+    assert "whose algorithm is" in assert_is_a_miss_with_one_warning(warnings_of_store)
+
+
+@pytest.mark.parametrize("name", ["eng0", "eng007", LONGEST, LONGEST + "+identity"])
+def test_an_engine_of_any_numbers_comes_back(name: str) -> None:
+    candidates = [replace(CANDIDATES[4], algorithm=name)]
+    store.write(make_problem(), candidates)
+    assert store.read(make_problem()) == candidates
+
+
+@pytest.mark.parametrize("bias", ["fused", "add", "eng1_k24=4", "", False, 0, [], "null"])
+def test_a_bias_in_an_unbiased_problem_is_a_miss(
+    store_root: Path, bias: object, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    for number in (0, 4):
+        file = written(store_root)
+        changed = set_in("candidates", number, "bias", to=bias)(content_of(file))
+        file.write_text(json.dumps(changed))
+        assert store.read(make_problem()) is None
+    (text,) = warnings_of_store()
+    assert "whose bias is" in text
+
+
+WRONG_BIASES = (
+    None, "", True, 1, ["add"], {"add": 1}, "Add", "add ", "fuse", "fused\n", "none", "eng",
+    "eng-1", "eng\u0661", "eng1_k24", "eng1+identity", "eng1 + add", "engines", "ALGO_1",
+    LONGEST + "_k1=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", WRONG_BIASES, ids=ascii)
+def test_a_wrong_bias_is_a_miss(
+    store_root: Path, bias: object, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    problem = make_problem(bias=True)
+    for number in (1, 3):  # an engine, a legacy algorithm
+        store.write(problem, BIASED)
+        file = store_root / HERE / _stored.file_name(problem)
+        changed = set_in("candidates", number, "bias", to=bias)(content_of(file))
+        file.write_text(json.dumps(changed))
+        assert store.read(problem) is None
+    (text,) = warnings_of_store()
+    assert "whose bias is" in text
+
+
+def test_a_legacy_algorithm_that_claims_to_add_the_bias_is_a_miss(
+    store_root: Path, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    problem = make_problem(bias=True)  # its result would lack the bias
+    store.write(problem, BIASED)
+    file = store_root / HERE / _stored.file_name(problem)
+    file.write_text(json.dumps(set_in("candidates", 3, "bias", to="fused")(content_of(file))))
+    assert "whose bias is" in assert_is_a_miss_with_one_warning(warnings_of_store, problem)
+
+
+def test_the_entry_of_the_problem_without_its_bias_is_a_miss(
+    store_root: Path, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    plain, biased = make_problem(), make_problem(bias=True)
+    store.write(plain, CANDIDATES)
+    folder = store_root / HERE
+    os.replace(folder / _stored.file_name(plain), folder / _stored.file_name(biased))
+    text = assert_is_a_miss_with_one_warning(warnings_of_store, biased)
+    assert "is for another problem" in text
+
+
+@pytest.mark.parametrize("math_type", ["DEFAULT_MATH", "TENSOR_OP_MATH"])
+@pytest.mark.parametrize("name", ["eng5_k2=3_k24=0", "eng5_k2=3_k24=0+identity"])
+def test_no_file_lets_an_engine_round_strict_float32(
+    store_root: Path, name: str, math_type: str, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    problem = make_problem(tf32=False)
+    good = Candidate("graph", name, "FMA_MATH", True, 0, time_ms=1.0)
+    rejected = replace(good, algorithm="eng1", math_type=math_type, rejected="it may round")
+    store.write(problem, [good, rejected])
+    assert store.read(problem) == [good, rejected]
+    file = store_root / HERE / _stored.file_name(problem)
+    file.write_text(json.dumps(set_in(*FIRST, "math_type", to=math_type)(content_of(file))))
+    text = assert_is_a_miss_with_one_warning(warnings_of_store, problem)
+    assert "it may round float32 to tf32" in text
+    half = make_problem(dtype="float16", tf32=False)
+    store.write(half, [replace(good, math_type=math_type)])
+    assert store.read(half) == [replace(good, math_type=math_type)]
+
+
+@pytest.mark.parametrize("math_type", ["DEFAULT_MATH", "TENSOR_OP_MATH_ALLOW_CONVERSION"])
+def test_no_file_lets_a_less_precise_candidate_run(
+    store_root: Path, math_type: str, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    problem = make_problem(tf32=False)
+    store.write(problem, [Candidate("legacy", "ALGO_1", "FMA_MATH", True, 0, time_ms=1.0)])
+    file = store_root / HERE / _stored.file_name(problem)
+    file.write_text(json.dumps(set_in(*FIRST, "math_type", to=math_type)(content_of(file))))
+    assert "it may round" in assert_is_a_miss_with_one_warning(warnings_of_store, problem)
+
+
+def test_the_log_level_of_the_environment_shows_the_warning(
+    store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured = []
+    monkeypatch.setattr(store.log, "_configure", lambda: configured.append(True))
+    spoiled(store_root, b"")
+    store.read(make_problem())
+    assert configured == [True]
