@@ -19,6 +19,7 @@ from dgrad import config as dgrad_config
 from dgrad._layers import DIRECTIONS
 from dgrad.bench import environment
 from dgrad.config import PROVIDERS
+from fake_cudnn import Start, starting
 from gpu_record import Record
 from reference import Case, pytorch_tf32, random_case, set_pytorch_tf32
 from stored import HERE
@@ -168,6 +169,12 @@ def own_store(_no_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     dgrad.plan_cache.clear()
     yield tmp_path / "store"
     dgrad.plan_cache.clear()
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Let a cuDNN that is pretended answer; see fake_cudnn.py."""
+    yield from starting(monkeypatch)
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import dgrad
-from dgrad import _candidates, _measuring, _runner, config
+from dgrad import _candidates, _loader, _measuring, _runner, config
 from dgrad._geometry import Pair
 from dgrad._runner import Runner
 from dgrad.exceptions import CudnnError, TorchOutOfMemoryError, cudnn_error
 
 MIB = 2**20
 STREAM = 77
-REFUSED = cudnn_error(3000, "cudnnFinalize returned 3000", "cudnnBackendFinalize", "")
+REFUSED = cudnn_error(3000, "cudnnFinalize returned 3000: the why\nmore", "cudnnFinalize", "")
 
 # What a runner is given. The sizes are those of FakeProblem, so that a bias fits x.
 X, W, Y = torch.zeros(1, 2, 7, 7), torch.ones(4, 2, 3, 3), torch.ones(1, 4, 3, 3)
@@ -193,6 +193,34 @@ class FakeCore:
 
 Start = Callable[..., FakeCore]
 HEURISTIC = config.policy(dgrad.Flags(selection="heuristic"))
+
+
+THREE = (
+    FakeResult("ALGO_1", workspace_bytes=2 * MIB),
+    FakeResult("ALGO_0", deterministic=False),
+    FakeResult("GEMM", workspace_bytes=MIB),
+)
+
+
+class StoredCore(FakeCore):
+    """Its problems are real ones, which the store keeps."""
+
+    def Problem(self, **fields: Any) -> Any:
+        return _loader.require().Problem(**fields)
+
+
+def real_problem(size: int = 3, **changes: Any) -> Any:
+    """A problem of the native module itself, which the store and pickling know; one by its size."""
+    core, reason = _loader.load()
+    if core is None:
+        pytest.skip(f"the native module cannot be used: {reason}")
+    fields: dict[str, Any] = {
+        "direction": "dgrad", "dtype": "float32", "tf32": True, "layout": "nchw",
+        "x": (2, 8, 2 * size + 1, 9), "w": (4, 8, 3, 3), "y": (2, 4, size, 4),
+        "padding": (0, 0), "stride": (2, 2), "dilation": (1, 1), "groups": 1, "bias": False,
+        "alignment": 16, "device": 0,
+    }  # fmt: skip
+    return core.Problem(**(fields | changes))
 
 
 def starting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from dgrad import Candidate, _loader, _stored, store
+from fake_cudnn import real_problem
 
 _CORE, _REASON = _loader.load()
 MARKS = [
@@ -30,24 +31,7 @@ folder_name_of_device = store._folder_name
 
 
 def make_problem(**changes: Any) -> Any:
-    fields = {
-        "direction": "dgrad",
-        "dtype": "float32",
-        "tf32": True,
-        "layout": "nchw",
-        "x": (2, 8, 17, 17),
-        "w": (4, 8, 3, 3),
-        "y": (2, 4, 8, 8),
-        "padding": (0, 0),
-        "stride": (2, 2),
-        "dilation": (1, 1),
-        "groups": 1,
-        "bias": False,
-        "alignment": 16,
-        "device": 0,
-    }
-    assert _CORE is not None
-    return _CORE.Problem(**fields | changes)
+    return real_problem(**{"x": (2, 8, 17, 17), "y": (2, 4, 8, 8), **changes})
 
 
 def numbered(number: int) -> Any:

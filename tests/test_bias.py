@@ -6,7 +6,6 @@ The plans are a fake's; the tensors are real, so that what a kernel would read i
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -36,18 +35,12 @@ from fake_cudnn import (
     names,
     refused,
     run,
-    starting,
 )
 
 BIASED = FakeProblem(bias=True)
 LEGACY = FakeResult("ALGO_1", "FMA_MATH")
 NOT_SUPPORTED = cudnn_error(3000, "cudnnRun returned 3000", "cudnnRun", "")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    yield from starting(monkeypatch)
 
 
 def batch(images: int, layout: str = "nchw") -> tuple[FakeProblem, Tensor]:

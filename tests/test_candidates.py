@@ -15,13 +15,7 @@ from dgrad import _candidates
 from dgrad._candidates import Blocked, gather, make_plan, pass_operation, with_best_pass
 from dgrad.exceptions import cudnn_error
 from dgrad.selection import Candidate
-from fake_cudnn import REFUSED, FakeEngine, FakeProblem, FakeResult, Start, starting
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    yield from starting(monkeypatch)
-
+from fake_cudnn import REFUSED, FakeEngine, FakeProblem, FakeResult, Start
 
 STRICT = FakeProblem(tf32=False)  # asks cuDNN's legacy heuristic once
 BIASED = replace(STRICT, bias=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,15 +23,9 @@ from fake_cudnn import (
     Y,
     fake_times,
     names,
-    starting,
 )
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    yield from starting(monkeypatch)
 
 
 def check_of(result: Tensor, dtype: str, tf32: bool = False) -> Check:

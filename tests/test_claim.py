@@ -25,7 +25,19 @@ import dgrad
 from dgrad import _claim, _loader, _measuring, _runner, config, log, store
 from dgrad._runner import Runner
 from dgrad._watch import watching
-from fake_cudnn import FakeCore, FakeEngine, FakeResult, W, X, Y, compute, fake_times, names
+from fake_cudnn import (
+    FakeCore,
+    FakeEngine,
+    FakeResult,
+    StoredCore,
+    W,
+    X,
+    Y,
+    compute,
+    fake_times,
+    names,
+    real_problem,
+)
 
 _CORE, _REASON = _loader.load()
 pytestmark = [
@@ -47,16 +59,6 @@ def folder(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(_claim, "_in_vain", set())
     monkeypatch.setattr(log, "_warned", {})
     return own_store / f"NVIDIA-Pretended-1_sm90_cudnn-{_loader.cudnn_version()}_v3"
-
-
-def problem(size: int = 3, **changes: Any) -> Any:
-    fields: dict[str, Any] = {
-        "direction": "dgrad", "dtype": "float32", "tf32": True, "layout": "nchw",
-        "x": (2, 8, 2 * size + 1, 9), "w": (4, 8, 3, 3), "y": (2, 4, size, 4),
-        "padding": (0, 0), "stride": (2, 2), "dilation": (1, 1), "groups": 1, "bias": False,
-        "alignment": 16, "device": 0,
-    }  # fmt: skip
-    return _loader.require().Problem(**(fields | changes))
 
 
 def locks(folder: Path) -> list[Path]:
@@ -103,7 +105,7 @@ class Child:
 
 
 def hold(say: Callable[[str], None], of: Any = None) -> None:
-    with store.claim(of or problem()):
+    with store.claim(of or real_problem()):
         say("held")
         time.sleep(LONG_S)
 
@@ -122,7 +124,7 @@ def held_elsewhere(of: Any = None) -> Iterator[Child]:
 def waited_s(of: Any = None) -> float:
     """How long it takes to get in."""
     begin = time.monotonic()
-    with store.claim(of or problem()):
+    with store.claim(of or real_problem()):
         return time.monotonic() - begin
 
 
@@ -130,7 +132,7 @@ def waited_s(of: Any = None) -> float:
 
 
 def count_alone(inside: Path) -> None:
-    with store.claim(problem()):
+    with store.claim(real_problem()):
         mine = os.open(inside, os.O_CREAT | os.O_EXCL)  # FileExistsError if another is inside
         time.sleep(0.002)
         os.close(mine)
@@ -174,7 +176,7 @@ def test_of_many_threads_one_at_a_time_is_inside(folder: Path, tmp_path: Path) -
 
 def test_the_next_one_gets_in_when_the_first_is_done(tmp_path: Path) -> None:
     def work(say: Callable[[str], None]) -> None:
-        with store.claim(problem()):
+        with store.claim(real_problem()):
             say("held")
             while not (tmp_path / "enough").exists():
                 time.sleep(0.001)
@@ -185,7 +187,7 @@ def test_the_next_one_gets_in_when_the_first_is_done(tmp_path: Path) -> None:
     entered = threading.Event()
 
     def enter() -> None:
-        with store.claim(problem()):
+        with store.claim(real_problem()):
             entered.set()
 
     thread = threading.Thread(target=enter)
@@ -203,9 +205,9 @@ def test_the_device_is_no_part_of_a_claim_and_all_else_is(
 ) -> None:
     monkeypatch.setattr(_claim, "WAIT_S", SHORT_S)
     with held_elsewhere():
-        assert waited_s(problem(4)) < SHORT_S
-        assert waited_s(problem(tf32=False)) < SHORT_S
-        assert waited_s(problem(device=1)) >= SHORT_S
+        assert waited_s(real_problem(4)) < SHORT_S
+        assert waited_s(real_problem(tf32=False)) < SHORT_S
+        assert waited_s(real_problem(device=1)) >= SHORT_S
 
 
 def test_a_killed_process_has_no_claim_any_more(folder: Path) -> None:
@@ -241,7 +243,7 @@ def test_a_file_that_was_removed_before_it_was_locked_is_no_claim(
 
 def test_an_error_inside_is_passed_on_and_ends_the_claim(folder: Path) -> None:
     for error in (ValueError, OSError, KeyboardInterrupt):
-        with pytest.raises(error), store.claim(problem()):
+        with pytest.raises(error), store.claim(real_problem()):
             raise error
         assert locks(folder) == []
         assert waited_s() < SHORT_S
@@ -254,10 +256,10 @@ def test_a_wait_has_an_end_and_a_process_waits_in_vain_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_claim, "WAIT_S", SHORT_S)
-    with held_elsewhere(), held_elsewhere(problem(4)):
+    with held_elsewhere(), held_elsewhere(real_problem(4)):
         assert SHORT_S <= waited_s() < LONG_S / 2
         assert waited_s() < SHORT_S
-        assert waited_s(problem(4)) < SHORT_S
+        assert waited_s(real_problem(4)) < SHORT_S
 
 
 def test_the_usual_wait_is_longer_than_measuring_and_not_long() -> None:
@@ -340,7 +342,7 @@ def test_a_folder_of_another_user_holds_no_claim(
 ) -> None:
     folder.mkdir(parents=True)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    with store.claim(problem()):
+    with store.claim(real_problem()):
         assert [*folder.iterdir()] == []
 
 
@@ -350,7 +352,7 @@ def test_a_folder_of_another_user_holds_no_claim(
 def test_a_claim_is_the_users_alone_and_no_entry(folder: Path) -> None:
     before = os.umask(0)
     try:
-        with store.claim(problem()):
+        with store.claim(real_problem()):
             (lock,) = folder.iterdir()
             assert stat.S_IMODE(lock.stat().st_mode) == 0o600
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -361,7 +363,7 @@ def test_a_claim_is_the_users_alone_and_no_entry(folder: Path) -> None:
 
 
 def test_a_link_in_place_of_a_claim_is_not_followed(folder: Path, tmp_path: Path) -> None:
-    with store.claim(problem()):
+    with store.claim(real_problem()):
         (lock,) = locks(folder)
     lock.symlink_to(tmp_path / "aim")
     assert waited_s() < SHORT_S
@@ -372,14 +374,14 @@ def test_a_link_in_place_of_a_claim_is_not_followed(folder: Path, tmp_path: Path
 def test_forgetting_removes_claims_and_counts_none(folder: Path) -> None:
     with held_elsewhere():
         pass
-    store.write(problem(), [dgrad.Candidate("legacy", "ALGO_1", "FMA_MATH", True, 0, 1.0)])
+    store.write(real_problem(), [dgrad.Candidate("legacy", "ALGO_1", "FMA_MATH", True, 0, 1.0)])
     assert len([*folder.iterdir()]) == 2
     assert store.forget() == 1
     assert [*folder.iterdir()] == []
 
 
 def test_a_claim_that_was_forgotten_leaves_the_next_ones_alone(folder: Path) -> None:
-    with store.claim(problem()):
+    with store.claim(real_problem()):
         store.forget()
         child = Child(hold)
         assert child.hear() == "held"
@@ -391,22 +393,17 @@ def test_what_a_killed_process_left_is_later_removed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for size in (4, 5):
-        with held_elsewhere(problem(size)):
+        with held_elsewhere(real_problem(size)):
             pass
     old, young = locks(folder)
     an_hour_ago = time.time() - 3700
     os.utime(old, (an_hour_ago, an_hour_ago))
     monkeypatch.setattr(store, "_swept", set())
-    store.write(problem(), [dgrad.Candidate("legacy", "ALGO_1", "FMA_MATH", True, 0, 1.0)])
+    store.write(real_problem(), [dgrad.Candidate("legacy", "ALGO_1", "FMA_MATH", True, 0, 1.0)])
     assert locks(folder) == [young]
 
 
 # --- measured once ------------------------------------------------------------------------------
-
-
-class StoredCore(FakeCore):
-    def Problem(self, **fields: Any) -> Any:
-        return _loader.require().Problem(**fields)
 
 
 TIMES: dict[str, float | None] = {"convolution:eng1": 5.0, "convolution:eng2": 4.0, "ALGO_1": 3.0}
@@ -441,7 +438,7 @@ def slow_times(
 def select(of: Any = None, **flags: Any) -> dgrad.Selection:
     policy = config.policy(dgrad.Flags(**{"selection": "measure", **flags}))
     with watching() as events:
-        Runner(of or problem(), policy).run(X, W, Y)
+        Runner(of or real_problem(), policy).run(X, W, Y)
     (selection,) = events
     assert isinstance(selection, dgrad.Selection)
     return selection
@@ -456,7 +453,7 @@ def test_processes_that_meet_a_problem_at_once_measure_it_once(
         os.close(opened)
         os.read(gate, 1)  # until all are there
         for size in (3, 4, 5):
-            selection = select(problem(size))
+            selection = select(real_problem(size))
             say(f"{selection.source} {selection.candidate}")
 
     gate, opened = os.pipe()
@@ -479,9 +476,9 @@ def test_two_gpus_of_one_name_in_one_process_measure_once(
     measured = slow_times(core, monkeypatch, tmp_path / "measured", 0.0)
     monkeypatch.setattr(core, "storage", lambda *_, **__: SimpleNamespace(data_ptr=lambda: 4096))
     monkeypatch.setattr(vars(_runner)["torch"], "UntypedStorage", core.storage)
-    select(problem(device=1), selection="heuristic")
-    assert select(problem(device=0)).source == "measured"
-    assert select(problem(device=1)).source == "stored"
+    select(real_problem(device=1), selection="heuristic")
+    assert select(real_problem(device=0)).source == "measured"
+    assert select(real_problem(device=1)).source == "stored"
     assert len(measured) == 1
 
 
@@ -493,7 +490,7 @@ def test_who_waits_in_vain_measures_for_itself(
     with held_elsewhere():
         assert select().source == "measured"
     assert len(measured) == 1
-    assert store.read(problem()) is not None
+    assert store.read(real_problem()) is not None
 
 
 def test_where_the_store_is_off_everybody_measures(
@@ -555,8 +552,8 @@ def test_what_another_process_measured_strictly_is_stored_for_tf32_too(
 ) -> None:
     core.engines["convolution"] = [FakeEngine("eng1"), FakeEngine("eng2", ["TENSOR_CORE"])]
     measured = fake_times(core, monkeypatch, TIMES)
-    assert Child(lambda say: select(problem(tf32=False))).wait() == 0
-    selections = [select(problem(tf32=tf32)) for tf32 in (True, False)]
+    assert Child(lambda say: select(real_problem(tf32=False))).wait() == 0
+    selections = [select(real_problem(tf32=tf32)) for tf32 in (True, False)]
     assert measured == []
     assert [selection.source for selection in selections] == ["stored"] * 2
     times = [[c.time_ms for c in selection.candidates] for selection in selections]

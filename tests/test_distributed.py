@@ -85,8 +85,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest, torch, torch.distributed as dist
-from fake_cudnn import FakeEngine, FakeResult, X, compute
-from test_claim import StoredCore, problem, select, slow_times
+from fake_cudnn import FakeEngine, FakeResult, StoredCore, X, compute, real_problem
+from test_claim import select, slow_times
 
 dist.init_process_group("gloo")
 patch = pytest.MonkeyPatch()
@@ -102,7 +102,7 @@ sizes = [3, 4, 5, 6, 7]
 if dist.get_rank():
     sizes.reverse()
 dist.barrier()
-sources = {size: select(problem(size)).source for size in sizes}
+sources = {size: select(real_problem(size)).source for size in sizes}
 (folder / f"{dist.get_rank()}.json").write_text(json.dumps(sources))
 dist.destroy_process_group()
 """

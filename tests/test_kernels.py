@@ -21,9 +21,20 @@ import dgrad
 from dgrad import _kernels, _loader, config, log, store
 from dgrad._runner import Runner
 from dgrad.exceptions import cudnn_error
-from fake_cudnn import FakeEngine, FakePlan, FakeResult, W, X, Y, compute, fake_times, names
+from fake_cudnn import (
+    FakeEngine,
+    FakePlan,
+    FakeResult,
+    StoredCore,
+    W,
+    X,
+    Y,
+    compute,
+    fake_times,
+    names,
+    real_problem,
+)
 from stored import a_fifo, a_folder, a_link
-from test_claim import StoredCore, problem
 
 _CORE, _REASON = _loader.load()
 pytestmark = pytest.mark.skipif(_CORE is None, reason=str(_REASON))
@@ -31,7 +42,7 @@ pytestmark = pytest.mark.skipif(_CORE is None, reason=str(_REASON))
 PLAIN, FUSED, ROWS = "convolution:eng1", "convolution_bias:eng2", "bias_rows:eng3"
 PASS = f"{PLAIN} + {ROWS}"
 BIAS = torch.tensor([1.0, 2.0])
-BIASED = None if _CORE is None else problem(x=(2, 2, 7, 9), w=(4, 2, 3, 3), bias=True)
+BIASED = None if _CORE is None else real_problem(x=(2, 2, 7, 9), w=(4, 2, 3, 3), bias=True)
 REFUSED = cudnn_error(3000, "not supported", "cudnnBackendFinalize", "")
 
 
@@ -202,7 +213,7 @@ def test_a_file_of_another_problem_or_candidate_is_a_miss(
     right = (BIASED, selection.candidate)
     assert _kernels._read(file, *right) == [FUSED.encode()]
     another = next(c for c in selection.candidates if c.bias == "eng3")
-    for of in ((problem(), selection.candidate), (BIASED, another)):
+    for of in ((real_problem(), selection.candidate), (BIASED, another)):
         other = _kernels._file(*of)
         assert other is not None
         shutil.copy(file, other)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from fake_cudnn import (
     fake_times,
     names,
     run,
-    starting,
 )
 
 NOT_SUPPORTED = cudnn_error(3000, "cudnnRun returned 3000", "cudnnRun", "")
@@ -31,11 +29,6 @@ NOT_STARTED = cudnn_error(1001, "cudnnCreate returned 1001", "cudnnCreate", "")
 STRICT = FakeProblem(tf32=False)
 EITHER = (FakeResult("ALGO_1"), FakeResult("ALGO_0", "FMA_MATH"), FakeResult("GEMM", "FMA_MATH"))
 EITHER_MS: dict[str, float | None] = {"ALGO_1": 1.0, "ALGO_0": 3.0, "GEMM": 2.0}
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    yield from starting(monkeypatch)
 
 
 def test_forbidding_tf32_needs_no_new_measuring(

@@ -71,12 +71,20 @@ class Process:
 
     def ask(self, do: str, **fields: Any) -> Answer:
         """The answer to one request. Raises Failure with the worker's reason, or with its end."""
+        answer = self._exchange({"do": do, **fields})
+        if "error" in answer:
+            failure = Failure(answer["error"])
+            failure.fault = answer.get("fault")
+            raise failure
+        return answer
+
+    def _exchange(self, request: dict[str, Any]) -> Answer:
         self.start()
         assert self._process is not None
         requests, answers = self._pipes(self._process)
         line = b""
         with contextlib.suppress(BrokenPipeError):
-            requests.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+            requests.write(json.dumps(request).encode() + b"\n")
             requests.flush()
             if not select.select([answers], [], [], self._patience_s)[0]:
                 self.stop(kindly=False)
@@ -85,10 +93,6 @@ class Process:
         if not line.endswith(b"\n"):
             raise Failure(self._obituary(self._process))
         answer: Answer = json.loads(line)
-        if "error" in answer:
-            failure = Failure(answer["error"])
-            failure.fault = answer.get("fault")
-            raise failure
         return answer
 
     def _obituary(self, process: subprocess.Popen[bytes]) -> str:
