@@ -20,7 +20,7 @@ from dgrad.exceptions import CudnnError, TorchOutOfMemoryError, cudnn_error
 
 MIB = 2**20
 STREAM = 77
-REFUSED = cudnn_error(3000, "cudnnFinalize returned 3000: the why\nmore", "cudnnFinalize", "")
+REFUSED = cudnn_error(3000, "cudnnFinalize returned 3000: the why\nmore lines", "cudnnFinalize", "")
 
 # What a runner is given. The sizes are those of FakeProblem, so that a bias fits x.
 X, W, Y = torch.zeros(1, 2, 7, 7), torch.ones(4, 2, 3, 3), torch.ones(1, 4, 3, 3)

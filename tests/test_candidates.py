@@ -113,7 +113,7 @@ def test_without_an_engine_for_the_bias_pytorch_adds_it(start: Start) -> None:
     refused = found.pop(2)
     assert order(found) == ["eng1/add", "eng2/add", "ALGO_1/add"]
     assert all(c.rejected is None for c in found)
-    assert refused.rejected == "cudnnFinalize returned 3000"
+    assert refused.rejected == "cudnnFinalize returned 3000: the why"
 
 
 def test_a_pass_that_is_less_right_is_rejected_with_its_own_reason(start: Start) -> None:
@@ -167,7 +167,7 @@ def test_a_refused_graph_is_one_rejected_candidate_and_no_error(start: Start) ->
     graph, legacy, compiled = gather(STRICT)
     assert [c.name for c in (graph, compiled)] == ["graph:engines", "graph:engines+identity"]
     for candidate in (graph, compiled):
-        assert candidate.rejected == "cudnnFinalize returned 3000"
+        assert candidate.rejected == "cudnnFinalize returned 3000: the why"
         assert not candidate.out_of_memory
     assert (legacy.name, legacy.rejected) == ("legacy:ALGO_1", None)
 

@@ -337,7 +337,7 @@ def test_an_algorithm_that_fails_is_not_tried_again(start: Start, when: str) -> 
     assert core.planned.count(("GEMM", "DEFAULT_MATH")) == 1
     assert core.attempts.count("GEMM") == (when == "failing")
     text = refused(algorithm="legacy:GEMM")
-    assert "cudnnRun returned 3000: the why" in text
+    assert "cudnnFinalize returned 3000: the why" in text
     assert "more lines" not in text
     assert core.planned.count(("GEMM", "DEFAULT_MATH")) == 1
 

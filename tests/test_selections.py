@@ -88,7 +88,7 @@ def test_debug_says_a_line_for_each_candidate(
     lines = messages(caplog, logging.DEBUG)
     assert lines[0].startswith("rejected legacy:GEMM (DEFAULT_MATH) for FakeProblem")
     assert lines[1:] == [
-        "candidate legacy:GEMM (DEFAULT_MATH): rejected: cudnnRun returned 3000: the why",
+        "candidate legacy:GEMM (DEFAULT_MATH): rejected: cudnnFinalize returned 3000: the why",
         "candidate legacy:WINOGRAD (DEFAULT_MATH): rejected: cuDNN's heuristic says "
         "CUDNN_STATUS_NOT_SUPPORTED",
         "candidate legacy:ALGO_0 (DEFAULT_MATH): rejected: it is not deterministic, and "
