@@ -13,18 +13,18 @@
 
 set(_cudnn_looked "") # one line per place that was refused, for the message of a failure
 
-# Variables NAME... of CMake and of the environment, as absolute paths.
+# Variables NAME... of CMake, or where one is not set there of the environment, as absolute paths.
 function(_cudnn_paths_from out)
   set(paths "")
   foreach(name IN LISTS ARGN)
-    foreach(value IN LISTS ${name})
+    set(values "${${name}}")
+    if(NOT values AND DEFINED ENV{${name}}) # CMake's own wins, whether it is right or not
+      file(TO_CMAKE_PATH "$ENV{${name}}" values)
+    endif()
+    foreach(value IN LISTS values)
       get_filename_component(value "${value}" ABSOLUTE)
       list(APPEND paths "${value}")
     endforeach()
-    if(DEFINED ENV{${name}})
-      file(TO_CMAKE_PATH "$ENV{${name}}" value)
-      list(APPEND paths ${value})
-    endif()
   endforeach()
   list(REMOVE_DUPLICATES paths)
   set(${out} "${paths}" PARENT_SCOPE)

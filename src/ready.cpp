@@ -228,10 +228,12 @@ py::object ReadyCalls::execute(const ReadyCall& call, const py::object& a, const
 
 void ReadyCalls::put(const py::object& a, const py::object& b, const py::object& bias,
                      const py::tuple& state, const py::object& call) {
+    if (!py::isinstance<ReadyCall>(call)) throw py::type_error("call is not a ReadyCall");
     Key key;
-    if (make_key(a, b, bias, state, &key)) {
-        entries_.insert_or_assign(std::move(key), Entry{call, &call.cast<const ReadyCall&>()});
-    }
+    if (!make_key(a, b, bias, state, &key)) return;
+    Entry& entry = entries_[std::move(key)];
+    // Destroyed at the end, as what goes may call back.
+    const Entry old = std::exchange(entry, Entry{call, &call.cast<const ReadyCall&>()});
 }
 
 void ReadyCalls::clear() {

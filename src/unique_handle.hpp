@@ -12,7 +12,8 @@ namespace dgrad {
 template <typename T, cudnnStatus_t (*create)(T*), cudnnStatus_t (*destroy)(T)>
 class UniqueHandle {
   public:
-    UniqueHandle() { DGRAD_CUDNN_CHECK(create(&object_)); }
+    // `name`: of the creating call, for its error.
+    explicit UniqueHandle(const char* name) { check(create(&object_), name); }
     UniqueHandle(UniqueHandle&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
     UniqueHandle(const UniqueHandle&) = delete;
     UniqueHandle& operator=(const UniqueHandle&) = delete;

@@ -184,7 +184,7 @@ def store_root(_no_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for variable in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.setenv("DGRAD_STORE", str(root))
-    monkeypatch.setattr(store, "_folder_name", lambda device: HERE)
+    monkeypatch.setattr(store, "folder_name", lambda device: HERE)
     monkeypatch.setattr(log, "_warned", {})
     monkeypatch.setattr(store, "_swept", set())
     return root

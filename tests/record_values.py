@@ -85,7 +85,8 @@ class Trial:
         a, b = (slots[slot] for slot in INPUTS[direction])
         self.bias = bias if direction == "dgrad" else None
         strict = config.Flags(allow_tf32=case.precision == "tf32", selection="heuristic")
-        call = Call(direction, a, b, geometry, size, strict, self.bias)
+        deciding = config.deciding(direction, strict)
+        call = Call(direction, a, b, geometry, size, deciding, self.bias)
         runner = call._single
         assert runner is not None
         self.problem, self.runner = runner._problem, runner

@@ -27,7 +27,7 @@ MARKS = [
 HERE = "NVIDIA-H200_sm90_cudnn-9.12.0_v3"
 OTHER_GPU = "NVIDIA-L4_sm89_cudnn-9.12.0_v3"
 OTHER_CUDNN = "NVIDIA-H200_sm90_cudnn-9.19.0_v3"
-folder_name_of_device = store._folder_name
+folder_name_of_device = store.folder_name
 
 
 def make_problem(**changes: Any) -> Any:

@@ -94,7 +94,15 @@ def expected(y: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 def made(y: Tensor, w: Tensor, bias: Tensor | None, **flags: Any) -> Call:
     height, width = expected(y, w, None).shape[2:]
-    return Call("dgrad", y, w, GEOMETRY, (height, width), dgrad.Flags(**flags), bias)
+    return Call(
+        "dgrad",
+        y,
+        w,
+        GEOMETRY,
+        (height, width),
+        config.deciding("dgrad", dgrad.Flags(**flags)),
+        bias,
+    )
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -83,7 +83,7 @@ def test_the_own_flag_for_deterministic_wins() -> None:
 
 @pytest.mark.parametrize("pytorchs", [True, False])
 def test_the_own_flag_for_tf32_wins(pytorchs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_torch_allows_tf32", lambda: pytorchs)
+    monkeypatch.setattr(config, "_tf32_switch", lambda: pytorchs)
     monkeypatch.setattr(config, "tf32_overridden", lambda: False)
     assert config.tf32_allowed() is pytorchs
     with dgrad.flags(allow_tf32=not pytorchs):

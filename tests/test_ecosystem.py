@@ -115,7 +115,7 @@ def test_a_symbolic_trace_is_of_pytorchs_operators_alone(
         nothing = SimpleNamespace(run=lambda *_: None, find=lambda *_: None)
         monkeypatch.setattr(dgrad.plan_cache, "ready", nothing)
         monkeypatch.setattr(dgrad.plan_cache, "exchange", object())
-    log.fallback.cache_clear()
+    log._told.clear()
     with caplog.at_level(logging.INFO, logger="dgrad"):
         traced = torch.fx.symbolic_trace(converted)
     monkeypatch.undo()
@@ -130,7 +130,7 @@ def test_a_graph_of_proxy_tensors_is_of_pytorchs_operators(
     device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, converted, x = models(device)
-    log.fallback.cache_clear()
+    log._told.clear()
     with caplog.at_level(logging.INFO, logger="dgrad"):
         made = make_fx(converted)(x)
     assert caplog.messages == [

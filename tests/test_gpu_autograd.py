@@ -170,7 +170,7 @@ def test_gradients_by_pytorch_are_refused_or_logged(
             pytest.raises(dgrad.NotSupportedError, match=f"{reason}, and fallback='error'"),
         ):
             torch.autograd.grad(output, leaf, vectors, retain_graph=True, **named)
-    log.fallback.cache_clear()
+    log._told.clear()
     caplog.set_level("INFO", "dgrad")
     found = torch.autograd.grad(output, (x, w), vectors, **named)
     assert caplog.messages == [f"PyTorch's own conv_transpose2d runs: {reason}"]

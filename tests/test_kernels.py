@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +54,6 @@ def folder(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(log, "_warned", {})
     monkeypatch.setattr(_kernels, "_refused", set())
-    monkeypatch.setattr(_kernels, "_distrusted", set())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return own_store / f"NVIDIA-Pretended-1_sm90_cudnn-{_loader.cudnn_version()}_v3"
 
@@ -218,10 +218,15 @@ def test_a_file_of_another_problem_or_candidate_is_a_miss(
         assert other is not None
         shutil.copy(file, other)
         assert _kernels._read(other, *of) == []
-    elsewhere = folder.with_name("another GPU") / file.name
-    elsewhere.parent.mkdir()
-    shutil.copy(file, elsewhere)
-    assert _kernels._read(elsewhere, *right) == []
+    assert len(warned(caplog)) == 2
+    with monkeypatch.context() as patch:
+        gpu = SimpleNamespace(name="NVIDIA Pretended 2", major=9, minor=0)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+        (folder.parent / store.folder_name(0)).mkdir(mode=0o700)
+        elsewhere = _kernels._file(*right)
+        assert elsewhere is not None
+        shutil.copy(file, elsewhere)
+        assert _kernels._read(elsewhere, *right) == []
     assert len(warned(caplog)) == 3
     assert _kernels._read(file, *right) == [FUSED.encode()]
     later = SimpleNamespace(__version__="of another graph")
@@ -331,6 +336,99 @@ def test_kernels_that_do_not_run_are_compiled_once_more(
     assert "no such kernel" in text
     run(core)
     assert core.planned == [], "the file was replaced"
+
+
+def test_each_thread_compiles_once_more_where_restored_kernels_do_not_run(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    dgrad.plan_cache.clear()
+    policy = config.policy(dgrad.Flags(selection="measure"))
+    runners = [Runner(BIASED, policy) for _ in range(2)]
+    for runner in runners:
+        runner.run(X, W, Y, BIAS)
+    assert core.restored[-2:] == [FUSED] * 2
+    plans, real = [runner._plan for runner in runners], FakePlan.execute
+
+    def execute(plan: FakePlan, *arguments: int) -> None:
+        if any(plan is each for each in plans):
+            raise cudnn_error(5000, "no such kernel", "cudnnBackendExecute", "")
+        real(plan, *arguments)
+
+    monkeypatch.setattr(FakePlan, "execute", execute)
+    for runner in runners:
+        runner.run(X, W, Y, BIAS)
+        assert names(core)[-1] == FUSED
+
+
+def test_nothing_is_kept_before_it_has_run(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    core.failing[FUSED] = REFUSED
+    runner = Runner(BIASED, config.policy(dgrad.Flags(algorithm="graph:eng2")))
+    with pytest.raises(dgrad.NotSupportedError):
+        runner.run(X, W, Y, BIAS)
+    assert core.attempts == [FUSED]
+    assert not kept(folder)
+
+
+def test_what_was_not_measured_is_kept_too_in_a_store_that_is_not_there_yet(
+    core: StoredCore, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = config.policy(dgrad.Flags(algorithm="graph:eng2"))
+    for times in (0, 1):
+        dgrad.plan_cache.clear()
+        Runner(BIASED, policy).run(X, W, Y, BIAS)
+        assert core.restored == [FUSED] * times
+        assert len(kept(folder)) == 1
+    assert not warned(caplog)
+
+
+def test_where_a_bad_file_cannot_be_replaced_it_is_not_used_again(
+    core: StoredCore,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    garbage(kept(folder)[0])
+    monkeypatch.setattr(store, "put", lambda *_: os.open(folder, os.O_WRONLY))  # EISDIR
+    for _ in range(2):
+        run(core)
+        assert names(core) == [FUSED]
+        assert core.restored == []
+    assert len(warned(caplog)) == 2  # of the file, and of the store
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"garbage",
+        zlib.compress(b"[1]"),
+        zlib.compress(b"7"),
+        zlib.compress(b"[" * 100_000),
+        zlib.compress('["\u4e00"]'.encode()),
+        zlib.compress(b'["' + b"a" * (20 << 20) + b'"]'),
+    ],
+    ids=["no zlib", "a number", "no list", "deep", "no bytes", "a bomb"],
+)
+def test_what_dgrad_would_not_have_packed_is_a_miss(
+    core: StoredCore,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    packed: bytes,
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    (file,) = kept(folder)
+    candidate = dgrad.selections()[0][0].candidate
+    file.write_bytes(_kernels._digest(BIASED, candidate, packed) + packed)
+    run(core)
+    assert (names(core), core.restored) == ([FUSED], [])
+    (text,) = warned(caplog)
+    assert "is not what dgrad packs" in text
+    run(core)
+    assert core.restored == [FUSED], "it was replaced"
 
 
 def test_a_candidate_that_does_not_run_either_way_is_rejected(

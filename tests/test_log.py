@@ -106,7 +106,7 @@ def tell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             monkeypatch.delenv("DGRAD_LOG", raising=False)
         else:
             monkeypatch.setenv("DGRAD_LOG", value)
-        log.fallback.cache_clear()
+        log._told.clear()
         log.fallback("a reason")
         log.rejected("a problem", selection(problem()).candidate)
         added = len(logging.getLogger("dgrad").handlers) - len(before)

@@ -262,7 +262,7 @@ def test_flags_come_back_from_their_text(flags: dgrad.Flags) -> None:
 def test_why_pytorch_runs_is_logged_once_while_compiling(caplog: pytest.LogCaptureFixture) -> None:
     from dgrad import log
 
-    log.fallback.cache_clear()
+    log._told.clear()
     layer = dgrad.ConvTranspose2d(3, 4, 3)
     with caplog.at_level(logging.INFO, logger="dgrad"):
         _, called = graphs_of(layer, torch.randn(1, 3, 4, 4))
@@ -314,7 +314,7 @@ def test_what_may_change_is_not_decided_while_compiling(
     with torch.backends.cudnn.flags(enabled=False):
         _, called = graphs_of(dgrad.conv_transpose2d, y, w)
         assert "dgrad.dgrad.default" in called
-        log.fallback.cache_clear()
+        log._told.clear()
         with caplog.at_level(logging.INFO, logger="dgrad"):
             torch.testing.assert_close(compiled(y, w), F.conv_transpose2d(y, w))
     wanted = "input is on cpu" if device == "cpu" else "torch.backends.cudnn.enabled is False"

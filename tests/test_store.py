@@ -158,7 +158,8 @@ def test_want_of_memory_is_not_remembered() -> None:
     full = replace(CANDIDATES[0], rejected="out of memory: no room", out_of_memory=True)
     store.write(make_problem(), [full, *CANDIDATES[1:]])
     read = store.read(make_problem())
-    assert read == [replace(CANDIDATES[0], time_ms=None), *CANDIDATES[1:]]
+    left = replace(CANDIDATES[0], time_ms=None, device_ms=None, skipped=True)
+    assert read == [left, *CANDIDATES[1:]]
 
 
 def test_candidates_that_all_failed_are_not_remembered(
@@ -326,7 +327,7 @@ def test_a_folder_is_named_by_gpu_cudnn_and_format(
 
 def test_another_gpu_and_another_cudnn_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     for number, folder in enumerate((HERE, OTHER_GPU, OTHER_CUDNN)):
-        monkeypatch.setattr(store, "_folder_name", lambda device, folder=folder: folder)
+        monkeypatch.setattr(store, "folder_name", lambda device, folder=folder: folder)
         assert store.read(make_problem()) is None
         store.write(make_problem(), [replace(CANDIDATES[0], time_ms=1.0 + number)])
     assert [entry["folder"] for entry in store.list()] == sorted([HERE, OTHER_GPU, OTHER_CUDNN])

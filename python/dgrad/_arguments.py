@@ -63,8 +63,10 @@ def check_tensors(input: object, weight: object, bias: object) -> None:
             raise RuntimeError(
                 f"{name} is on {value.device}, expected {input.device}, the device of input"
             )
-        # Elsewhere PyTorch's operator is still to cast; on CUDA the casting is done.
-        if value.dtype != input.dtype and (input.is_cuda or not _autocasts(input.device.type)):
+        # Elsewhere PyTorch's operator is still to cast, or adds a bias of its own type; on CUDA the
+        # casting is done.
+        settled = input.is_cuda or (name == "weight" and not _autocasts(input.device.type))
+        if value.dtype != input.dtype and settled:
             raise RuntimeError(
                 f"{name} has dtype {value.dtype}, expected {input.dtype}, the dtype of input"
             )

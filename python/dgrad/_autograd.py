@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from . import _fallback, _loader, config
-from ._call import DTYPES, INPUTS, OUTPUT, Call, call_for, memory_format
+from . import _fallback, config
+from ._call import INPUTS, OUTPUT, Call, call_for, memory_format, unsuited, unusable
 from ._geometry import Geometry, Pair, is_channels_last
 from ._watch import profiling, watchers
 from .config import Flags
@@ -119,7 +119,7 @@ def convolution(
         result: Tensor = _Convolution.apply(a, b, bias, made)  # type: ignore[no-untyped-call]
         return result
     if call is None:
-        reason = _unsuitable(a)
+        reason = unsuited(a) or unusable(torch._C._get_cudnn_enabled())
         if reason is not None:
             _fallback.announce(flags, reason)
             return _fallback.run(direction, a, b, geometry, size, bias)
@@ -144,28 +144,19 @@ def unrecorded(
         result = plan_cache.ready.run(a, b, bias, state)
         if result is not None:
             return result
-    if watched or plan_cache.exchange is None or _unsuitable(a) is not None:
+    if watched or plan_cache.exchange is None:
+        return convolution(direction, a, b, geometry, size, flags, None, bias)
+    if (unsuited(a) or unusable(torch._C._get_cudnn_enabled())) is not None:
         return convolution(direction, a, b, geometry, size, flags, None, bias)
     call = call_for(direction, a, b, geometry, size, flags, bias)
     result = convolution(direction, a, b, geometry, size, flags, call, bias)
     # Unless a switch was turned meanwhile, by another thread.
     unchanged = state == (direction, size, *geometry, *config.switches(flags))
     if unchanged and config.current() is held:
-        ready = call.ready((held, flags))
+        ready = call.ready(lambda: (held, flags))
         if ready is not None:
             plan_cache.keep_ready(a, b, bias, state, ready)
     return result
-
-
-def _unsuitable(tensor: Tensor) -> str | None:
-    """Why such tensors are PyTorch's to run, or None."""
-    if not tensor.is_cuda:
-        return f"input is on {tensor.device.type}, and cuDNN runs on CUDA devices"
-    if tensor.dtype not in DTYPES:
-        return f"cuDNN's convolutions have no {tensor.dtype}"
-    if not torch._C._get_cudnn_enabled():
-        return "torch.backends.cudnn.enabled is False"
-    return _loader.unavailable_reason()
 
 
 def entered(made: Recipe, a: Any, b: Any, grad: Tensor) -> tuple[Any, Any, Tensor]:

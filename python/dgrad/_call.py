@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from ._geometry import Geometry, Pair, is_channels_last
 from ._refusal import in_capture
 from ._runner import Runner
 from ._watch import note, watchers
-from .config import Flags
+from .config import Deciding, Flags
 from .exceptions import CudnnError, NotSupportedError, OutOfMemoryError
 from .planner import plan_cache
 
@@ -88,6 +88,22 @@ def check_numbers(geometry: Geometry) -> None:
             )
 
 
+def unsuited(tensor: Tensor) -> str | None:
+    """Why tensors of this one's device and type are PyTorch's to run, or None."""
+    if not tensor.is_cuda:
+        return f"input is on {tensor.device.type}, and cuDNN runs on CUDA devices"
+    if tensor.dtype not in DTYPES:
+        return f"cuDNN's convolutions have no {tensor.dtype}"
+    return None
+
+
+def unusable(cudnn_enabled: bool) -> str | None:
+    """Why cuDNN is not to be used for any tensor, or None."""
+    if not cudnn_enabled:
+        return "torch.backends.cudnn.enabled is False"
+    return _loader.unavailable_reason()
+
+
 class Call:
     """Runs one direction for tensors of one shape, stride and type, on one thread.
 
@@ -120,14 +136,14 @@ class Call:
         b: Tensor,
         geometry: Geometry,
         size: Pair,
-        flags: Flags | None = None,
+        deciding: Deciding | None = None,
         bias: Tensor | None = None,
     ) -> None:
         check_numbers(geometry)
         core = _loader.require()
-        policy = config.policy(flags)
+        policy, tf32, commands, _ = deciding or config.deciding(direction)
         self._arguments = (direction, geometry, size)
-        self._may_fall_back = policy.fallback == "pytorch" and not config.commands(direction, flags)
+        self._may_fall_back = policy.fallback == "pytorch" and not commands
         self._reason: str | None = None  # why PyTorch runs it
         self._device: int = a.get_device()
         self._dtype = a.dtype
@@ -154,7 +170,7 @@ class Call:
             problem = core.Problem(
                 direction=direction,
                 dtype=DTYPES[a.dtype],
-                tf32=a.dtype == torch.float32 and config.tf32_allowed(flags),
+                tf32=a.dtype == torch.float32 and tf32,
                 layout="nhwc" if self._format is torch.channels_last else "nchw",
                 x=(images, *shapes["x"][1:]),
                 w=shapes["w"],
@@ -198,8 +214,13 @@ class Call:
             raise in_capture(error) from error
         return self(a, b, bias)
 
-    def ready(self, recipe: object) -> ReadyCall | None:
-        """What native code needs to run this again as it last ran here, if it can."""
+    def ready(self, recipe: Callable[[], object]) -> ReadyCall | None:
+        """What native code needs to run this again as it last ran here, if it can.
+
+        ``recipe`` makes what Python needs of it.
+        """
+        if torch._C._cuda_getDevice() != self._device:
+            return None  # it runs on the current one alone
         copies = self._copies_a or self._copies_b or self._copies_bias
         if self._single is None or copies or self._reason is not None:
             return None
@@ -210,7 +231,7 @@ class Call:
             make_out = partial(
                 torch.empty_strided, self._out_shape, out.stride(), dtype=self._dtype, device="cuda"
             )
-        return self._single.ready(make_out, recipe)
+        return self._single.ready(make_out, recipe())
 
     def ran_natively(self) -> bool:
         """Whether native code has run such a call since this was last asked."""
@@ -288,6 +309,7 @@ def call_for(
     bias: Tensor | None = None,
 ) -> Call:
     """The cached call for these tensors under the flags in force, made if there is none."""
+    deciding = config.deciding(direction, flags)
     key = (
         direction,
         a.shape,
@@ -301,13 +323,11 @@ def call_for(
         a.data_ptr() & 15,
         b.data_ptr() & 15,
         None if bias is None else (bias.stride(), bias.data_ptr() & 15),
-        config.tf32_allowed(flags),
-        config.policy(flags),
-        config.commands(direction, flags),
+        deciding,
         threading.get_ident(),
     )
     call = plan_cache.get(key)
     if call is None:
-        call = Call(direction, a, b, geometry, size, flags, bias)
+        call = Call(direction, a, b, geometry, size, deciding, bias)
         plan_cache.put(key, call)
     return call

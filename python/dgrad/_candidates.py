@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import _loader
 from .exceptions import (
-    CudnnBadParameterError,
+    NOT_ASKED,
     CudnnError,
     CudnnNotInitializedError,
-    CudnnNotSupportedError,
+    reason_of,
 )
 from .selection import ADD, FUSED, IDENTITY, Candidate, problem_dict
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ._core import Plan, Problem
 
 _HALF_TYPES = ("float16", "bfloat16")
-_REFUSALS = (CudnnBadParameterError, CudnnNotSupportedError)
 _FIRST = 2  # engines that stand before the first pass for the bias
 _PROMISING = 8  # so many engines stand before those that must be compiled first
 _COMPILED = 2  # so many of these stand before the rest
@@ -138,7 +137,11 @@ def _engines(problem: Problem, operation: str) -> list[Candidate]:
     except CudnnNotInitializedError:
         raise
     except CudnnError as error:  # the legacy algorithms may run
-        return [Candidate("graph", "engines", "DEFAULT_MATH", False, 0, rejected=str(error))]
+        return [
+            Candidate(
+                "graph", "engines", "DEFAULT_MATH", False, 0, rejected=reason_of(error, NOT_ASKED)
+            )
+        ]
     return [
         Candidate(
             "graph",
@@ -202,9 +205,13 @@ def _asked(problem: Problem) -> list[Candidate]:
     core = _loader.require()
     try:
         results = core.legacy_heuristic(problem)
-    except _REFUSALS as error:  # others may pass
+    except CudnnNotInitializedError:
+        raise
+    except CudnnError as error:  # the graphs' engines may run
         return [
-            Candidate("legacy", name, "DEFAULT_MATH", False, 0, rejected=str(error))
+            Candidate(
+                "legacy", name, "DEFAULT_MATH", False, 0, rejected=reason_of(error, NOT_ASKED)
+            )
             for name in core.legacy_algorithms(problem.direction)
         ]
     # Interned: thousands of problems share these few names.

@@ -78,7 +78,13 @@ def run(
     size: Pair,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The same result as a :class:`dgrad._call.Call` for the same arguments."""
+    """The same result as a :class:`dgrad._call.Call` for the same arguments.
+
+    No autocast is at work: the forward's is past, and PyTorch's gradients obey none.
+    """
+    if torch._C._is_any_autocast_enabled():
+        with torch.autocast(a.device.type, enabled=False):
+            return run(direction, a, b, geometry, size, bias)
     padding, stride, dilation, groups = geometry
     if direction == "dgrad":
         least = output_size(a.shape[2:], b.shape[2:], geometry, (0, 0))

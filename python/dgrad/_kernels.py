@@ -35,31 +35,27 @@ _MAX_BYTES = 16 << 20
 _DIGEST_BYTES = 32
 
 _refused: set[Path] = set()  # files that this process could not use, to be replaced
-_distrusted: set[Path] = set()  # those of plans that failed and were compiled once more
 
 
-def make_plan(problem: Problem, candidate: Candidate) -> Plan:
-    """As :func:`dgrad._candidates.make_plan`, without compiling what is kept."""
+def make_plan(problem: Problem, candidate: Candidate) -> tuple[Plan, bool]:
+    """As :func:`dgrad._candidates.make_plan`, without compiling what is kept; whether it was."""
     file = _file(problem, candidate)
     kept = _read(file, problem, candidate) if file else []
     if file and kept:
         try:
-            return _candidates.make_plan(problem, candidate, kept)
+            return _candidates.make_plan(problem, candidate, kept), True
         except (CudnnError, ValueError) as error:  # of another driver, perhaps
             if _says_nothing(error):
                 raise
             _refuse(file, f"cannot be restored: {error}")
-    return _candidates.make_plan(problem, candidate)
+    return _candidates.make_plan(problem, candidate), False
 
 
 def distrust(problem: Problem, candidate: Candidate, error: Exception) -> bool:
-    """Whether a plan that failed may have been restored, and is to be compiled once more."""
+    """Whether a restored plan that failed is to be compiled, as what was kept may be at fault."""
     file = _file(problem, candidate)
-    if file is None or file in _distrusted or not os.path.lexists(file):
+    if file is None or not isinstance(error, CudnnError) or _says_nothing(error):
         return False
-    if not isinstance(error, CudnnError) or _says_nothing(error):
-        return False
-    _distrusted.add(file)
     _refuse(file, f"did not run: {error}")
     return True
 
@@ -71,9 +67,12 @@ def _says_nothing(error: Exception) -> bool:
 
 
 def keep(problem: Problem, candidate: Candidate, plan: Plan) -> None:
-    """Keep what cuDNN compiled for a plan of this candidate, if it did. Raises nothing."""
+    """Keep what cuDNN compiled for a plan that has run, if it did. Raises nothing."""
+    name = _name(problem, candidate)
+    if name is None or store.path() is None:
+        return
     file = _file(problem, candidate)
-    if file is None or (os.path.lexists(file) and file not in _refused):
+    if file is not None and os.path.lexists(file) and file not in _refused:
         return
     try:
         compiled = plan.compiled
@@ -84,18 +83,25 @@ def keep(problem: Problem, candidate: Candidate, plan: Plan) -> None:
         return
     text = json.dumps([part.decode("latin-1") for part in compiled]).encode()
     packed = zlib.compress(text, 1)  # hundreds of kilobytes else
-    if len(packed) + _DIGEST_BYTES <= _MAX_BYTES:
-        store.save(problem, file.name, _digest(file, problem, candidate, packed) + packed)
-        _refused.discard(file)
+    if len(text) <= _MAX_BYTES:
+        data = _digest(problem, candidate, packed) + packed
+        if store.save(problem, name, data) and file is not None:
+            _refused.discard(file)
+
+
+def _name(problem: Problem, candidate: Candidate) -> str | None:
+    """The name of a candidate's file; None if it has nothing to compile."""
+    if candidate.provider == "legacy" and candidate.bias in (None, ADD):
+        return None
+    of_candidate = hashlib.sha256(str(candidate).encode()).hexdigest()[:16]
+    return f"{file_name(problem).removesuffix('.json')}-{of_candidate}.kernels"
 
 
 def _file(problem: Problem, candidate: Candidate) -> Path | None:
-    """Where that of a candidate is kept; None if it has nothing to compile, or nobody keeps it."""
-    folder = store.folder_of(problem)
-    if folder is None or (candidate.provider == "legacy" and candidate.bias in (None, ADD)):
-        return None
-    of_candidate = hashlib.sha256(str(candidate).encode()).hexdigest()[:16]
-    return folder / f"{file_name(problem).removesuffix('.json')}-{of_candidate}.kernels"
+    """The file, which need not exist; None where there is none to read."""
+    name = _name(problem, candidate)
+    folder = store.folder_of(problem) if name is not None else None
+    return folder / name if folder is not None and name is not None else None
 
 
 def _read(file: Path, problem: Problem, candidate: Candidate) -> list[bytes]:
@@ -104,16 +110,24 @@ def _read(file: Path, problem: Problem, candidate: Candidate) -> list[bytes]:
         return []
     try:
         data = read_own(file, _MAX_BYTES)
+        digest, packed = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+        if digest != _digest(problem, candidate, packed):
+            raise ValueError("is not what was written")
+        return _unpacked(packed)
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
         _refuse(file, str(error))
         return []
-    digest, packed = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-    if digest != _digest(file, problem, candidate, packed):
-        _refuse(file, "is not what was written")
-        return []
-    return [part.encode("latin-1") for part in json.loads(zlib.decompress(packed))]
+
+
+def _unpacked(packed: bytes) -> list[bytes]:
+    """The parts in what :func:`keep` has packed; ValueError if it has not."""
+    try:
+        text = zlib.decompressobj().decompress(packed, _MAX_BYTES)
+        return [part.encode("latin-1") for part in json.loads(text)]
+    except (zlib.error, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"is not what dgrad packs: {error}") from error
 
 
 def _refuse(file: Path, reason: str) -> None:
@@ -121,8 +135,9 @@ def _refuse(file: Path, reason: str) -> None:
     log.warn_once(str(file), "the compiled kernels %r are not used: it %s", str(file), reason)
 
 
-def _digest(file: Path, problem: Problem, candidate: Candidate, packed: bytes) -> bytes:
+def _digest(problem: Problem, candidate: Candidate, packed: bytes) -> bytes:
     """It holds for this version of dgrad, which makes the graph, and for this GPU and cuDNN."""
     version = _loader.require().__version__
-    head = f"{version}\n{file.parent.name}\n{text_of(problem)}\n{candidate}\n"
+    folder = store.folder_name(problem.device)
+    head = f"{version}\n{folder}\n{text_of(problem)}\n{candidate}\n"
     return hashlib.sha256(head.encode() + packed).digest()

@@ -191,10 +191,12 @@ class Knowledge:
 
     def has_run(self, policy: Policy, chosen: int, source: str) -> tuple[Use, bool]:
         """Note what runs under a policy; the note that counts it, and whether that is new."""
-        use = Use(chosen, source)
         with self._lock:
-            kept = self.ran.setdefault(policy, use)
-        return kept, kept is use
+            use = self.ran.get(policy)
+            new = use is None or use.chosen != chosen
+            if use is None or new:
+                use = self.ran[policy] = Use(chosen, source)
+        return use, new
 
     def forget(self, policy: Policy | None = None, chosen: int | None = None) -> None:
         """Forget what ran under a policy, or what chose a candidate."""
@@ -260,7 +262,7 @@ def _taught(candidate: Candidate, same: Candidate, fails_too: bool) -> Candidate
         return replace(
             candidate, time_ms=same.time_ms, device_ms=same.device_ms, skipped=same.skipped
         )
-    lasting = fails_too and not same.out_of_memory
+    lasting = fails_too and not same.may_pass
     return replace(candidate, rejected=same.rejected) if lasting else candidate
 
 

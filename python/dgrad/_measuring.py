@@ -16,8 +16,6 @@ from ._knowledge import Knowledge
 from .config import Policy
 from .exceptions import (
     CudnnError,
-    CudnnExecutionError,
-    CudnnInternalError,
     TorchOutOfMemoryError,
 )
 from .measure import Contestant, measure
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 
 UNPLANNABLE = (CudnnError, ValueError)
 FAILURES = (*UNPLANNABLE, TorchOutOfMemoryError)
-_PASSING = (CudnnExecutionError, CudnnInternalError)  # may not last: not for the store
 
 
 def timing_policy(policy: Policy) -> Policy:
@@ -100,9 +97,6 @@ class Measuring:
             torch.cuda.empty_cache()
         knowledge.source = "measured"
         candidates = knowledge.candidates
-        for index, contestant in contestants.items():
-            if isinstance(contestant.error, _PASSING):
-                candidates[index] = replace(candidates[index], rejected=None, skipped=True)
         if any(candidate.time_ms is not None for candidate in candidates):
             store.write(problem, candidates)
 

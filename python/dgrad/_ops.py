@@ -88,6 +88,11 @@ def _run(
     _refuse_bias(direction, bias)
     geometry, layer = _geometry(padding, stride, dilation, groups), config.from_text(flags)
     result = unrecorded(direction, a, b, geometry, (size[0], size[1]), layer, bias)
+    if result.shape[2:] != tuple(size):
+        raise RuntimeError(
+            f"size is {tuple(size)}, expected {tuple(result.shape[2:])}, the size of {direction}'s "
+            "result"
+        )
     # Where PyTorch's operator ran, it may have chosen other strides.
     shape, format = result.shape, memory_format(a, b)
     if result.stride() == _strides(shape, format):

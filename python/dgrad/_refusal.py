@@ -6,7 +6,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .exceptions import CudnnError, NotSupportedError, OutOfMemoryError, TorchOutOfMemoryError
+from .exceptions import (
+    CudnnError,
+    NotSupportedError,
+    OutOfMemoryError,
+    TorchOutOfMemoryError,
+    first_line,
+    reason_of,
+)
 from .planner import objection
 from .selection import Candidate, format_bytes, reasons_table, reproduction
 
@@ -19,13 +26,13 @@ _ALLOCATION_FAILED = (4003, 4004)  # CUDNN_STATUS_INTERNAL_ERROR_HOST / DEVICE_A
 
 def reason(candidate: Candidate, error: Exception) -> tuple[str, bool]:
     """Why a candidate does not run, in one line, and whether memory is what lacked."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = reason_of(error)
     out_of_memory = isinstance(error, TorchOutOfMemoryError) or (
         isinstance(error, CudnnError) and error.status in _ALLOCATION_FAILED
     )
     if out_of_memory:
         size = format_bytes(candidate.workspace_bytes)
-        text = f"out of memory: no room for its workspace of {size}: {text}"
+        text = f"out of memory: no room for its workspace of {size}: {first_line(error)}"
     return text, out_of_memory
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import record_function
 
 from . import _kernels, _loader, config, log, store
-from ._candidates import other_precision, pass_operation
+from ._candidates import make_plan, other_precision, pass_operation
 from ._knowledge import Use, knowledge_of
 from ._measuring import FAILURES, UNPLANNABLE, Measuring, timing_policy
 from ._refusal import nothing_usable, reason
@@ -41,16 +41,17 @@ class Runner:
 
     __slots__ = (
         "_bias",
-        "_built",
         "_corrects",
         "_device",
         "_index",
         "_knowledge",
+        "_label",
         "_plan",
         "_policy",
         "_problem",
         "_provisional",
         "_repeats",
+        "_restored",
         "use",
     )
 
@@ -59,7 +60,7 @@ class Runner:
         self._policy = policy
         self._device = torch.device("cuda", problem.device)
         self._plan: Plan | None = None
-        self._built: dict[int, Plan] = {}  # what was timed, of which one is the plan
+        self._restored = False  # whether the plan is of kernels that were kept
         self.use: Use | None = None  # of what was announced, to count it
         self._provisional = False
         self._corrects = False  # whether what runs was withheld by the store
@@ -82,7 +83,7 @@ class Runner:
             assert self._plan is not None
             try:
                 if profiling():
-                    with record_function(self._range()):
+                    with record_function(self._label):
                         self._execute(self._plan, self._bias, x, w, y, bias)
                 else:
                     self._execute(self._plan, self._bias, x, w, y, bias)
@@ -90,7 +91,8 @@ class Runner:
                 if isinstance(error, CudnnError) and torch.cuda.is_current_stream_capturing():
                     raise  # of the capture, perhaps, and not of the candidate
                 candidate = self._knowledge.candidates[self._index]
-                if not _kernels.distrust(self._problem, candidate, error):
+                again = self._restored and _kernels.distrust(self._problem, candidate, error)
+                if not again:
                     self._reject(self._index, error)
                 self._plan = None
                 continue
@@ -101,12 +103,6 @@ class Runner:
                 note(self.selection())
                 self._knowledge.pack()
             return
-
-    def _range(self) -> str:
-        """What a profiler calls this."""
-        candidate = self._knowledge.candidates[self._index]
-        self._knowledge.pack()
-        return f"dgrad::{self._problem.direction} {candidate}"
 
     def _execute(
         self,
@@ -164,48 +160,59 @@ class Runner:
         self._knowledge = knowledge = knowledge_of(self._problem)
         wanted = self._policy.wanted(self._problem.direction)
         may_ask, lacking = knowledge.doubted is None, knowledge.lacks(wanted)
-        if (may_ask and lacking) or not self._settle(tensors):
-            if may_ask and knowledge.ask_again():
-                self._corrects = not (lacking and knowledge.lacks(wanted))
-            if not self._settle(tensors):
-                self._corrects = False
-                raise nothing_usable(knowledge, self._policy)
+        if not (may_ask and lacking) and self._settle(tensors):
+            return
+        asked = may_ask and knowledge.ask_again()
+        if asked:
+            self._corrects = not (lacking and knowledge.lacks(wanted))
+        if (asked or (may_ask and lacking)) and self._settle(tensors):
+            return
+        self._corrects = False
+        raise nothing_usable(knowledge, self._policy)
 
     def _settle(self, tensors: Tensors) -> bool:
         """Choose, measuring what is missing; whether there is something to run."""
         problem, policy, knowledge = self._problem, self._policy, self._knowledge
-        missing = self._untimed()
-        self._provisional = bool(missing) and torch.cuda.is_current_stream_capturing()
+        missing, capturing = self._untimed(), torch.cuda.is_current_stream_capturing()
+        self._provisional = bool(missing) and capturing
         if self._provisional and self._plan is not None:
             return True
-        if missing and not self._provisional:
-            self._complete(tensors)
+        timed = self._complete(tensors) if missing and not capturing else {}
+        failed = None
         for index in preference(knowledge.candidates, problem.direction, policy):
             try:
-                plan = self._built.get(index) or self._make_plan(index)
+                plan, restored = timed.get(index), False
+                if plan is None:
+                    plan, restored = _kernels.make_plan(problem, knowledge.candidates[index])
+                    self._note_workspace(index, plan)
             except UNPLANNABLE as error:
-                self._reject(index, error)
+                if capturing and isinstance(error, CudnnError):
+                    failed = error  # of the capture, perhaps, and not of the candidate
+                else:
+                    self._reject(index, error)
                 continue
             candidate = knowledge.candidates[index]
             if objection(candidate, problem.direction, policy) is not None:
                 continue  # the plan knows a larger workspace than the heuristic did
-            self._built.clear()
-            _kernels.keep(problem, candidate, plan)
             self._index, self._plan, self._bias = index, plan, candidate.bias
-            self.use = None if self._corrects else knowledge.ran.get(policy)
+            self._restored, self._label = restored, f"dgrad::{problem.direction} {candidate}"
+            self.use = None
             if self._provisional:
                 log.captured(problem)
             knowledge.pack()
             return True
-        self._built.clear()
+        if failed is not None:
+            raise failed
         return False
 
-    def _complete(self, tensors: Tensors) -> None:
-        """Measure what is missing, unless another thread or process does so first."""
+    def _complete(self, tensors: Tensors) -> dict[int, Plan]:
+        """Measure what is missing, unless another thread or process does so first; the plans of
+        what was timed."""
         problem, knowledge = self._problem, self._knowledge
+        plans: dict[int, Plan] = {}
         with knowledge.measuring:
             if not self._untimed():
-                return
+                return plans
             with store.claim(problem):
                 knowledge.refresh()
                 missing = self._untimed()
@@ -220,11 +227,12 @@ class Runner:
                         reject=self._reject,
                     )
                     measuring.measure(missing)
-                    self._built = measuring.plans
+                    plans = measuring.plans
             knowledge.forget(policy=self._policy)  # what ran in a capture is chosen anew
         strict = problem.dtype == "float32" and not problem.tf32
         if missing and strict and not config.tf32_overridden():
             self._complete_tf32(tensors)
+        return plans
 
     def _complete_tf32(self, tensors: Tensors) -> None:
         """Measure what tf32 adds to a strict problem, so that allowing it measures nothing."""
@@ -241,11 +249,15 @@ class Runner:
         return untimed(self._knowledge.candidates, self._problem.direction, timing)
 
     def _make_plan(self, index: int) -> Plan:
-        candidate = self._knowledge.candidates[index]
-        plan = _kernels.make_plan(self._problem, candidate)
-        if plan.workspace_bytes != candidate.workspace_bytes:  # the heuristic's is an estimate
-            self._knowledge.update(index, workspace_bytes=plan.workspace_bytes)
+        """A plan of nothing that was kept: what is measured is what this cuDNN compiles."""
+        plan = make_plan(self._problem, self._knowledge.candidates[index])
+        self._note_workspace(index, plan)
         return plan
+
+    def _note_workspace(self, index: int, plan: Plan) -> None:
+        """The heuristic's is an estimate."""
+        if plan.workspace_bytes != self._knowledge.candidates[index].workspace_bytes:
+            self._knowledge.update(index, workspace_bytes=plan.workspace_bytes)
 
     def _reject(self, index: int, error: Exception) -> None:
         """Note that a candidate does not run, for all threads."""
@@ -267,6 +279,8 @@ class Runner:
         use, new = self._knowledge.has_run(self._policy, self._index, self._source())
         if new:
             log.selected(self.selection(), self._policy)
+        if not self._restored and self._plan is not None:
+            _kernels.keep(self._problem, self._knowledge.candidates[self._index], self._plan)
         entry = self._knowledge.doubted
         if self._corrects and entry is not None:
             store.correct(entry, self._problem, self._knowledge.candidates)

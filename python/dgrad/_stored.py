@@ -74,8 +74,9 @@ def canonical(value: object) -> str:
 
 def durable(candidate: Candidate) -> Candidate:
     """The candidate without what holds only for the moment, and with text fit for the store."""
-    if candidate.out_of_memory:
-        return replace(candidate, time_ms=None, skipped=False, rejected=None, out_of_memory=False)
+    if candidate.may_pass:
+        untimed = replace(candidate, time_ms=None, device_ms=None, skipped=True)
+        return replace(untimed, rejected=None, out_of_memory=False)
     if not _is_time(candidate.time_ms):  # a clock can say anything
         candidate = replace(candidate, time_ms=None)
     if not _is_time(candidate.device_ms):

@@ -19,7 +19,7 @@ _PIPE_CLOSED = 128 + 13  # as of a process that SIGPIPE has ended
 
 _COMPARE_EPILOG = """\
 FILE is a Python file as KernelBench has them: a class Model, get_inputs() and get_init_inputs().
-Without FILE: ConvTranspose2d(64, 64, (3, 7)) on an input of (8, 64, 512, 512).
+Without FILE: ConvTranspose2d(64, 64, (3, 7), bias=False) on an input of (8, 64, 512, 512).
 
 Outputs are equal where shape and dtype are, and torch.allclose holds with atol = rtol = 1e-4
 (1e-2 for half types) against PyTorch with its defaults. PyTorch, PyTorch with cudnn.benchmark on,
@@ -114,7 +114,7 @@ def _add_compare(commands: Commands) -> None:
     parser = add_command(commands, "compare", _compare, summary, _COMPARE_EPILOG)
     parser.add_argument("file", metavar="FILE", nargs="?", help="the model (see below)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--seed", type=int, default=42, help="of weights and inputs (default 42)")
+    parser.add_argument("--seed", type=_seed, default=42, help="of weights and inputs (default 42)")
     parser.add_argument(
         "--budget",
         type=_seconds,
@@ -132,6 +132,13 @@ def _add_compare(commands: Commands) -> None:
         help="time forward, backward and SGD's update, and compare gradients",
     )
     parser.add_argument("--full-size", action="store_true", help="keep the inputs' size on the CPU")
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 2**32 - 1, as NumPy")
+    return value
 
 
 def _seconds(text: str) -> float:

@@ -211,6 +211,22 @@ def commands(direction: str, layer: Flags | None = None) -> bool:
     )
 
 
+class Deciding(NamedTuple):
+    """All but its arguments that a call's preparation depends on, read once."""
+
+    policy: Policy
+    tf32: bool  # whether float32 may run in it
+    commands: bool  # see :func:`commands`
+    cudnn_enabled: bool
+
+
+def deciding(direction: str, layer: Flags | None = None) -> Deciding:
+    """What decides now about a call of a direction."""
+    return Deciding(
+        policy(layer), tf32_allowed(layer), commands(direction, layer), _cudnn_enabled()
+    )
+
+
 def policy(layer: Flags | None = None) -> Policy:
     """The flags that bear on a choice, now."""
     now = _flags if layer is None else effective(layer)
@@ -236,17 +252,7 @@ def tf32_overridden() -> bool:
     return os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
 
 
-if hasattr(torch._C, "_get_fp32_precision_getter"):
-
-    def _torch_allows_tf32() -> bool:
-        # The effective value: the old getter raises once both generations of switches are used.
-        return bool(torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32")
-else:
-
-    def _torch_allows_tf32() -> bool:
-        return torch._C._get_cudnn_allow_tf32()
-
-
+# The effective value: the old getter raises once both generations of switches are used.
 _tf32_switch: Callable[[], object] = (
     partial(torch._C._get_fp32_precision_getter, "cuda", "conv")
     if hasattr(torch._C, "_get_fp32_precision_getter")
@@ -279,4 +285,4 @@ def tf32_allowed(layer: Flags | None = None) -> bool:
     if tf32_overridden():
         return False
     own = (_flags if layer is None else effective(layer)).allow_tf32
-    return _torch_allows_tf32() if own is None else own
+    return _tf32_switch() in (True, "tf32") if own is None else own

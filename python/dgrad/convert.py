@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch.nn.utils.parametrize import is_parametrized
@@ -17,7 +17,7 @@ from .modules import ConvTranspose2d
 
 _TORCH = torch.nn.ConvTranspose2d
 _ORIGINAL = "_dgrad_original"  # of a class made here: the subclass that it stands for
-_made: WeakKeyDictionary[type, type] = WeakKeyDictionary()  # by that subclass
+_made: WeakKeyDictionary[type, ref[type]] = WeakKeyDictionary()  # by that subclass
 
 Filter = str | Callable[[str, torch.nn.Module], bool]
 
@@ -134,15 +134,17 @@ def _ours(module: torch.nn.Module, subclasses: bool) -> type:
                     f"{base.__name__}.forward is not seen to call super().forward, "
                     "so it might never come to dgrad's"
                 )
-        if cls not in _made:
+        made = _made[cls]() if cls in _made else None
+        if made is None:
             fields = {_ORIGINAL: cls, "__module__": cls.__module__}
             try:
-                _made[cls] = type(cls.__name__, (cls, ConvTranspose2d), fields)
+                made = type(cls.__name__, (cls, ConvTranspose2d), fields)
             except Exception as error:  # a metaclass and __init_subclass__ run somebody's code
                 raise _LeftError(
                     f"no class can be derived from {cls.__name__}: {error!r}"
                 ) from error
-        return _made[cls]
+            _made[cls] = ref(made)
+        return made
 
     return _rebased(module, ours)
 

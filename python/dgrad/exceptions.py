@@ -24,6 +24,22 @@ __all__ = [
 ]
 
 
+# How reasons begin that may not last.
+THIS_TIME = "it failed this time: "
+NOT_ASKED = "cuDNN could not be asked this time: "  # and what it would name is not known
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in the one line that a table or a log has for it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def reason_of(error: Exception, passing: str = THIS_TIME) -> str:
+    """Why a candidate does not run, in one line, which begins so if that may not last."""
+    may_pass = isinstance(error, (CudnnInternalError, CudnnExecutionError))
+    return passing * may_pass + first_line(error)
+
+
 class CudnnError(RuntimeError):
     """A cuDNN call failed.
 

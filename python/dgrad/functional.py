@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _fallback, _loader, config
+from . import _fallback, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution, recipe, record
-from ._call import DTYPES, Call, check_numbers
+from ._call import Call, check_numbers, unsuited, unusable
 from ._compiled import compiled
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
 from ._watch import profiling, watchers
@@ -121,10 +122,17 @@ def conv_transpose2d(
         groups if type(groups) is int else integer(groups, "groups"),
     )
     output_padding = pair(output_padding, "output_padding")
-    key = _key(input, weight, bias, geometry, output_padding, flags)
+    if state is not None and not {int, tuple}.issuperset(map(type, state[:5])):
+        # As native code looks it up: a list, for example, has no hash.
+        padding, stride, dilation, groups = geometry
+        return conv_transpose2d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation, flags=flags
+        )
+    deciding = config.deciding("dgrad", flags)
+    key = _key(input, weight, bias, geometry, output_padding, deciding)
     prepared = None if key is None else plan_cache.get(key)
     if prepared is None:
-        prepared = _prepare(input, weight, bias, geometry, output_padding, flags)
+        prepared = _prepare(input, weight, bias, geometry, output_padding, deciding)
         if key is not None:
             plan_cache.put(key, prepared)
     if prepared.call is None:
@@ -145,7 +153,9 @@ def conv_transpose2d(
     # Unless a switch was turned meanwhile, by another thread.
     unchanged = state is not None and state[5:] == config.switches(flags)
     if unchanged and config.current() is held and x is input:
-        made = recipe("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, held)
+        made = partial(
+            recipe, "dgrad", x, weight, geometry, prepared.size, flags, prepared.call, held
+        )
         call = prepared.call.ready(made)
         if call is not None and state is not None:
             plan_cache.keep_ready(input, weight, bias, state, call)
@@ -170,7 +180,7 @@ def _key(
     bias: Tensor | None,
     geometry: Geometry,
     output_padding: Pair,
-    flags: config.Flags | None,
+    deciding: config.Deciding,
 ) -> tuple[object, ...] | None:
     """All that the preparation reads; None for arguments that have no such properties."""
     plain = _fallback.PLAIN_TYPES
@@ -197,10 +207,7 @@ def _key(
             None if bias is None else _bias_key(bias),
             geometry,
             output_padding,
-            config.tf32_allowed(flags),
-            config.policy(flags),
-            config.commands("dgrad", flags),
-            torch._C._get_cudnn_enabled(),
+            deciding,
             threading.get_ident(),
         )
     except (AttributeError, TypeError, RuntimeError):
@@ -227,20 +234,20 @@ def _prepare(
     bias: Tensor | None,
     geometry: Geometry,
     output_padding: Pair,
-    flags: config.Flags | None,
+    deciding: config.Deciding,
 ) -> _Prepared:
     reason = _subclass_reason(input, weight, bias)
     if reason is not None:
         return _Prepared(None, reason, geometry, (0, 0), (0, 0))
     check_tensors(input, weight, bias)
     size = check_sizes(input, weight, bias, geometry, output_padding)
-    reason = _unsuitable(input, weight, bias)
+    reason = _unsuitable(input, weight, bias, deciding.cudnn_enabled)
     if reason is not None or input.numel() == 0:
         return _Prepared(None, reason, geometry, size, (0, 0))
     check_numbers(geometry)
     appended = appended_rows(output_padding, geometry.stride)
     with torch.no_grad():
-        call = Call("dgrad", *enter(input, weight, appended), geometry, size, flags, bias)
+        call = Call("dgrad", *enter(input, weight, appended), geometry, size, deciding, bias)
     return _Prepared(call, None, geometry, size, appended)
 
 
@@ -253,23 +260,21 @@ def _subclass_reason(*tensors: object) -> str | None:
     return None
 
 
-def _unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+def _unsuitable(
+    input: Tensor, weight: Tensor, bias: Tensor | None, cudnn_enabled: bool
+) -> str | None:
     """Why PyTorch runs what is right for conv_transpose2d, or None."""
-    reason = unsuitable(input, weight, bias)
-    if reason is None and not torch.backends.cudnn.enabled:
-        reason = "torch.backends.cudnn.enabled is False"
-    return reason or _loader.unavailable_reason()
+    return unsuitable(input, weight, bias) or unusable(cudnn_enabled)
 
 
 def unsuitable(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why such tensors are PyTorch's to run, whatever the state of the process, or None."""
-    if not input.is_cuda:
-        return f"input is on {input.device.type}, and cuDNN runs on CUDA devices"
-    if input.dtype not in DTYPES:
-        return f"cuDNN's convolutions have no {input.dtype}"
-    if any(t.is_neg() or t._is_zerotensor() for t in (input, weight, bias) if t is not None):
+    reason = unsuited(input)
+    if reason is None and any(
+        t.is_neg() or t._is_zerotensor() for t in (input, weight, bias) if t is not None
+    ):
         return "a negative view, or zeros without memory, must be resolved first"
-    return None
+    return reason
 
 
 def enter(input: Tensor, weight: Tensor, appended: Pair) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import threading
+from collections import OrderedDict
 from datetime import datetime, timezone
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,9 @@ logger = logging.getLogger("dgrad")
 logger.addHandler(logging.NullHandler())
 
 _warned: dict[str, object] = {}  # what has been warned of
+_told: OrderedDict[object, None] = OrderedDict()  # what was told of once, the last at the end
+_telling = threading.Lock()
+_MOST_TOLD = 1024  # a reason can be the table of a problem
 
 _LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
 
@@ -131,6 +134,17 @@ def warn_once(about: str, message: str, *arguments: object) -> None:
         logger.warning(message, *map(str, arguments))
 
 
+def _is_new(what: object) -> bool:
+    """Whether this was not told of, of the last so many things: to one thread of several."""
+    with _telling:
+        new = what not in _told
+        _told[what] = None
+        _told.move_to_end(what)
+        if len(_told) > _MOST_TOLD:
+            _told.popitem(last=False)
+        return new
+
+
 def rejected(problem: object, candidate: Candidate) -> None:
     """One DEBUG line for a candidate that turned out not to run."""
     _configure()
@@ -161,9 +175,10 @@ def without_gradients(call: str, output: str, found: bool) -> None:
     )
 
 
-@lru_cache(maxsize=1024)
 def captured(problem: object) -> None:
     """One WARNING for a problem first met while a CUDA graph is captured."""
+    if not _is_new(problem):
+        return
     _configure()
     logger.warning(
         "nothing can be measured while a CUDA graph is captured: cuDNN's heuristic chooses for "
@@ -172,8 +187,9 @@ def captured(problem: object) -> None:
     )
 
 
-@lru_cache(maxsize=1024)  # a reason can be the table of a problem
 def fallback(reason: str) -> None:
     """One INFO line, once for each reason: PyTorch's own operator runs."""
+    if not _is_new(reason):
+        return
     _configure()
     logger.info("PyTorch's own conv_transpose2d runs: %s", reason)

@@ -153,7 +153,7 @@ def measure(
         _begin(joined, lambda: False, errors)
         timed = _within(_DROP_FACTOR, [*timed, *joined])
         timed = _sample_in_rounds(timed, order, spent, errors)
-    if (_fastest_ms(timed) or 0.0) <= _CACHE_MS:
+    if timed and (_fastest_ms(timed) or 0.0) <= _CACHE_MS:
         _sample_device(_within(_leave_factor(timed), timed), order, errors)
 
 

@@ -28,7 +28,7 @@ _HOST_NOISE = 1.03  # the host's share varies more
 
 
 class PlanCache(BoundedCache[Any, Any]):
-    """Ready calls by thread, device, sizes, strides and flags: ``dgrad.plan_cache``."""
+    """Calls by thread, device, sizes, strides and flags: ``dgrad.plan_cache``."""
 
     def __init__(self, max_size: int) -> None:
         super().__init__(max_size)
@@ -74,7 +74,8 @@ class PlanCache(BoundedCache[Any, Any]):
         """Count what native code ran as used now: it does so without this cache."""
         if hits != self._ready_hits:
             self._ready_hits = hits
-            for key in [key for key, entry in self._entries.items() if entry.ran_natively()]:
+            entries = list(self._entries.items())  # at once: get() takes no lock
+            for key in [key for key, entry in entries if entry.ran_natively()]:
                 self._entries.move_to_end(key)
 
     def clear(self) -> None:

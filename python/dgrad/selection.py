@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from .exceptions import NOT_ASKED, THIS_TIME
+
 if TYPE_CHECKING:
     from ._core import Problem
 
@@ -94,6 +96,11 @@ class Candidate:
     def name(self) -> str:
         """The name that the flag ``algorithm`` takes."""
         return f"{self.provider}:{self.algorithm}"
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether it is rejected for what may be otherwise at another moment."""
+        return self.out_of_memory or (self.rejected or "").startswith((THIS_TIME, NOT_ASKED))
 
     @property
     def engine(self) -> tuple[str, str, str]:

@@ -46,6 +46,7 @@ from ._stored import (
     text_of,
     validated,
 )
+from .exceptions import NOT_ASKED
 from .selection import Candidate
 
 if TYPE_CHECKING:
@@ -93,18 +94,20 @@ def folder_of(problem: Problem) -> Path | None:
     root = path()
     if root is None:
         return None
-    folder = root / _folder_name(problem.device)
+    folder = root / folder_name(problem.device)
     return folder if _trusted(root) and _trusted(folder) else None
 
 
 def write(problem: Problem, candidates: Sequence[Candidate]) -> None:
     """Remember the candidates of a problem, with times in milliseconds. Raises nothing.
 
-    A rejection for want of memory is left out: it says nothing of another moment. Candidates of
-    which none may run are not remembered: what failed them all may not last either.
+    What may not last, such as a want of memory, is left out: such a candidate counts as not
+    reached. Candidates of which none may run are not remembered, nor are those of a moment when
+    cuDNN could not name its engines.
     """
     kept = [durable(candidate) for candidate in candidates if candidate.rejected != UNNAMED]
-    if path() is None or all(candidate.rejected is not None for candidate in kept):
+    unasked = any((each.rejected or "").startswith(NOT_ASKED) for each in candidates)
+    if path() is None or unasked or all(candidate.rejected is not None for candidate in kept):
         return
     try:
         save(problem, file_name(problem), encode(problem, kept))
@@ -112,20 +115,22 @@ def write(problem: Problem, candidates: Sequence[Candidate]) -> None:
         log.warn_once(str(problem), "the selection for %s is not stored: it %s", problem, error)
 
 
-def save(problem: Problem, name: str, data: bytes) -> None:
-    """Put a file into the folder of a problem, if the store is on. Raises nothing."""
+def save(problem: Problem, name: str, data: bytes) -> bool:
+    """Put a file into the folder of a problem; whether it is there. Raises nothing."""
     root = path()
     if root is None:
-        return
+        return False
     try:
-        _save(root / _folder_name(problem.device), name, data)
+        _save(root / folder_name(problem.device), name, data)
     except OSError as error:
         log.warn_once(str(root), "selections are not stored in %r: %s", str(root), error)
+        return False
+    return True
 
 
 def entry_of(problem: Problem) -> str:
     """The file that tells of a problem: its own, or where there is none the other precision's."""
-    folder = (path() or Path()) / _folder_name(problem.device)
+    folder = (path() or Path()) / folder_name(problem.device)
     same = [problem, other_precision(problem)] if problem.dtype == "float32" else [problem]
     files = [str(folder / file_name(each)) for each in same]
     return next(filter(os.path.lexists, files), files[0])
@@ -147,7 +152,7 @@ def claim(problem: Problem) -> Iterator[None]:
     lock = None
     root = path()
     if root is not None:
-        folder = root / _folder_name(problem.device)
+        folder = root / folder_name(problem.device)
         with suppress(OSError):  # writing will warn of it
             make_own(folder)
             lock = folder / f".{file_name(problem)}.lock"
@@ -264,7 +269,7 @@ def forget(matching: str | None = None) -> int:
     return sum(file.suffix == ".json" for file in files)
 
 
-def _folder_name(device: int) -> str:
+def folder_name(device: int) -> str:
     """What the times of a device hold for. Its index is no part of it."""
     gpu = torch.cuda.get_device_properties(device)
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", gpu.name)[:100]

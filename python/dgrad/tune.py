@@ -18,7 +18,7 @@ import torch
 from . import _loader, config
 from ._layers import DIRECTIONS, layers, run_problem
 from ._watch import watching
-from .exceptions import TorchOutOfMemoryError
+from .exceptions import TorchOutOfMemoryError, first_line
 from .explain import warm_up
 from .selection import PROBLEM_FIELDS, Selection
 
@@ -185,9 +185,9 @@ class Tuning:
                 self._sources.setdefault(event.problem, event.source)
 
     def _fail(self, entry: Entry, error: Exception) -> None:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        memory = isinstance(error, TorchOutOfMemoryError) and "out of memory" not in lines[0]
-        self.failures.append((entry.where, f"out of memory: {lines[0]}" if memory else lines[0]))
+        text = first_line(error)
+        memory = isinstance(error, TorchOutOfMemoryError) and "out of memory" not in text
+        self.failures.append((entry.where, f"out of memory: {text}" if memory else text))
 
     def summary(self) -> dict[str, Any]:
         """Plain data: how many problems were new (measured now), known (stored) and alone (with

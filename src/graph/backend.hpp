@@ -4,6 +4,7 @@
 #include <cudnn.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -93,7 +94,9 @@ class Descriptor {
     template <typename T>
     [[nodiscard]] T value(cudnnBackendAttributeName_t name) const {
         T found{};
-        get_raw(name, AttributeType<T>::value, 1, &found);
+        if (get_raw(name, AttributeType<T>::value, 1, &found) != 1) {
+            throw std::invalid_argument("cuDNN gives no value of an attribute");
+        }
         return found;
     }
     // At most `most` values.

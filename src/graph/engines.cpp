@@ -74,7 +74,9 @@ Identity parse(const std::string& name) {
 Descriptor engine_of(const Descriptor& config) {
     std::vector<Descriptor> engines =
         config.descriptors(CUDNN_ATTR_ENGINECFG_ENGINE, CUDNN_BACKEND_ENGINE_DESCRIPTOR, 1);
-    return std::move(engines.at(0));
+    if (engines.size() != 1)
+        throw std::invalid_argument("cuDNN names no engine in a configuration");
+    return std::move(engines.front());
 }
 
 Identity identity_of(const Descriptor& config) {

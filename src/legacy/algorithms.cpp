@@ -1,5 +1,6 @@
 #include "legacy/algorithms.hpp"
 
+#include <algorithm>
 #include <array>
 
 #include "handle.hpp"
@@ -44,7 +45,8 @@ std::vector<HeuristicResult> heuristic(const Problem& problem) {
         api.heuristic(handle_for(problem.device), descriptors, static_cast<int>(results.size()),
                       &count, results.data());
         std::vector<HeuristicResult> found;
-        for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
+        for (std::size_t i = 0; i < std::min(static_cast<std::size_t>(count), results.size());
+             ++i) {
             const auto& result = results[i];
             const auto algorithm = static_cast<std::size_t>(result.algo);
             // Newer than the headers built against.

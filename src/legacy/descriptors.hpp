@@ -20,10 +20,10 @@ using ConvolutionDescriptor =
 struct Descriptors {
     Descriptors(const Problem& problem, cudnnMathType_t math_type);
 
-    TensorDescriptor x;
-    FilterDescriptor w;
-    TensorDescriptor y;
-    ConvolutionDescriptor convolution;
+    TensorDescriptor x{"cudnnCreateTensorDescriptor"};
+    FilterDescriptor w{"cudnnCreateFilterDescriptor"};
+    TensorDescriptor y{"cudnnCreateTensorDescriptor"};
+    ConvolutionDescriptor convolution{"cudnnCreateConvolutionDescriptor"};
 };
 
 // The math type to ask the heuristic with: the fastest that the problem's precision allows.

@@ -7,6 +7,7 @@ import re
 import subprocess
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ import torch
 import dgrad
 from dgrad import _loader
 from dgrad.config import PROVIDERS
+from dgrad.exceptions import first_line
 
 _T = TypeVar("_T")
 
@@ -41,9 +43,30 @@ def devices() -> list[dict[str, object]]:
 
 def providers() -> dict[str, dict[str, object]]:
     """For each provider whether it is usable, and if not, why."""
-    available = _quiet(dgrad.is_available) is True
-    reason = None if available else _text(dgrad.unavailable_reason) or "the reason is not known"
-    return {name: {"usable": available, "reason": reason} for name in PROVIDERS}
+    if _quiet(dgrad.is_available) is True:
+        reasons = {name: _quiet(partial(_ask, name)) for name in PROVIDERS}
+    else:
+        why = _text(dgrad.unavailable_reason) or "the reason is not known"
+        reasons = dict.fromkeys(PROVIDERS, RuntimeError(why))
+    return {
+        name: {"usable": error is None, "reason": None if error is None else first_line(error)}
+        for name, error in reasons.items()
+    }
+
+
+def _ask(provider: str) -> None:
+    """Let a provider name candidates for a problem of ones; raises what cuDNN says."""
+    core, one = _loader.require(), (1, 1, 1, 1)
+    problem = core.Problem(
+        direction="dgrad", dtype="float32", tf32=False, layout="nchw", x=one, w=one, y=one,
+        padding=(0, 0), stride=(1, 1), dilation=(1, 1), groups=1, bias=False, alignment=16,
+        device=0,
+    )  # fmt: skip
+    with torch.cuda.device(0):
+        if provider == "legacy":
+            core.legacy_heuristic(problem)
+        else:
+            core.graph_heuristic(problem, "convolution")
 
 
 def device_name(device: torch.device) -> str:
