@@ -101,6 +101,7 @@ void bind_plan(py::module_& m) {
                                    }
                                    return std::vector<py::bytes>(texts.begin(), texts.end());
                                })
+        .def_property_readonly("compiles", &dgrad::Plan::compiles)
         .def(
             "execute",
             [](dgrad::Plan& plan, std::uintptr_t x, std::uintptr_t w, std::uintptr_t y,
@@ -117,6 +118,7 @@ void bind_plan(py::module_& m) {
             return std::make_shared<dgrad::Sequence>(std::move(first), std::move(second));
         },
         "first"_a.none(false), "second"_a.none(false));
+    m.def("keep_for_graphs", &dgrad::keep_for_graphs, "plan"_a.none(false));
 }
 
 void bind_legacy(py::module_& m) {
@@ -182,17 +184,17 @@ void bind_ready(py::module_& m) {
     py::class_<ReadyCall>(m, "ReadyCall")
         .def(py::init([](std::shared_ptr<dgrad::Plan> plan, const std::string& direction,
                          py::object make_out, py::object make_workspace, py::object enter_bias,
-                         bool plan_reads_bias, bool pytorch_adds_bias,
+                         py::object is_capturing, bool plan_reads_bias, bool pytorch_adds_bias,
                          std::shared_ptr<dgrad::UseCount> uses, py::object recipe) {
                  return ReadyCall{std::move(plan),       dgrad::parse_direction(direction),
                                   std::move(make_out),   std::move(make_workspace),
-                                  std::move(enter_bias), plan_reads_bias,
-                                  pytorch_adds_bias,     std::move(uses),
-                                  std::move(recipe)};
+                                  std::move(enter_bias), std::move(is_capturing),
+                                  plan_reads_bias,       pytorch_adds_bias,
+                                  std::move(uses),       std::move(recipe)};
              }),
              py::kw_only(), "plan"_a.none(false), "direction"_a, "make_out"_a, "make_workspace"_a,
-             "enter_bias"_a, "plan_reads_bias"_a, "pytorch_adds_bias"_a, "uses"_a.none(false),
-             "recipe"_a)
+             "enter_bias"_a, "is_capturing"_a, "plan_reads_bias"_a, "pytorch_adds_bias"_a,
+             "uses"_a.none(false), "recipe"_a)
         .def_readonly("recipe", &ReadyCall::recipe);
     py::class_<ReadyCalls>(m, "ReadyCalls")
         .def(py::init<const py::capsule&, py::tuple, py::object>(), "exchange"_a, "types"_a,

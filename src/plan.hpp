@@ -4,6 +4,7 @@
 #include <cudnn.h>
 
 #include <cstddef>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -37,9 +38,20 @@ class Plan {
         return std::vector<std::string>(1);
     }
 
+    // Whether cuDNN compiled any of it; see Note [Captured].
+    [[nodiscard]] virtual bool compiles() const noexcept { return false; }
+
     // Queues the work on `stream`. The problem's device must be current; the workspace holds
     // workspace_bytes().
     virtual void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) = 0;
 };
+
+// Keeps a plan until the process ends. Needs the GIL.
+//
+// Note [Captured]
+// What cuDNN compiles for a plan goes with the plan, and a CUDA graph that was captured from it
+// does not hold it: after that a replay crashes, or gives wrong numbers (cuDNN 9.19). Nobody tells
+// when a graph has gone, so a plan of this kind stays once it has run in a capture.
+void keep_for_graphs(std::shared_ptr<Plan> plan);
 
 }  // namespace dgrad

@@ -211,6 +211,9 @@ py::object ReadyCalls::execute(const ReadyCall& call, const py::object& a, const
             in_slots(call.direction, address(from), address(read(b)), address(read(out)));
         const py::object entered = call.enter_bias.is_none() ? bias : call.enter_bias(bias);
         if (call.plan_reads_bias) pointers.bias = address(read(entered));
+        if (!call.is_capturing.is_none() && call.is_capturing().cast<bool>()) {
+            keep_for_graphs(call.plan);
+        }
         {
             const py::gil_scoped_release released;
             call.plan->execute(pointers, scratch, static_cast<cudaStream_t>(stream));

@@ -31,6 +31,7 @@ struct ReadyCall {
     pybind11::object make_out;        // of nothing: a tensor on the current device, for the result
     pybind11::object make_workspace;  // of nothing: a storage
     pybind11::object enter_bias;      // of the bias: the one that the plan reads
+    pybind11::object is_capturing;    // of nothing: the current stream, by Note [Captured]
     bool plan_reads_bias;
     bool pytorch_adds_bias;  // to the result, once the plan has run
     std::shared_ptr<UseCount> uses;

@@ -28,6 +28,10 @@ class Sequence final : public Plan {
         return joined(first_->compiled(), second_->compiled());
     }
 
+    [[nodiscard]] bool compiles() const noexcept override {
+        return first_->compiles() || second_->compiles();
+    }
+
     void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) override {
         first_->execute(pointers, workspace, stream);
         second_->execute(pointers, workspace, stream);

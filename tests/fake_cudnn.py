@@ -76,6 +76,10 @@ class FakePlan:
     notes: list[str] = field(default_factory=list)
     compiled: list[bytes] = field(default_factory=lambda: [b""])
 
+    @property
+    def compiles(self) -> bool:
+        return any(part in self.core.compiling for part in self.name.split(" + "))
+
     def execute(self, x: int, w: int, y: int, bias: int, workspace: int, stream: int) -> None:
         self.core.attempts.append(self.name)
         if self.name in self.core.failing:
@@ -99,6 +103,7 @@ class FakeCore:
         self.true_workspace_bytes: dict[str, int] = {}  # where the heuristic's number is wrong
         self.compiling: set[str] = set()  # plans that cuDNN compiles for
         self.restored: list[str] = []
+        self.kept_for_graphs: list[str] = []
         self.unrestorable: dict[str, CudnnError] = {}
         self.free_bytes = 2**40
         self.heuristics = 0
@@ -137,6 +142,9 @@ class FakeCore:
         if isinstance(engines, CudnnError):
             raise engines
         return engines
+
+    def keep_for_graphs(self, plan: FakePlan) -> None:
+        self.kept_for_graphs.append(plan.name)
 
     def restored_plan(self, device: int, compiled: bytes) -> FakePlan:
         name = compiled.decode()

@@ -351,6 +351,18 @@ def as_on_a_gpu() -> Iterator[None]:
     dgrad.plan_cache.clear()
 
 
+def test_gradients_that_pytorch_runs_obey_no_autocast(as_on_a_gpu: None) -> None:
+    x = torch.randn(2, 3, 5, 5, requires_grad=True)
+    w = torch.randn(3, 4, 3, 3, requires_grad=True)
+    results = []
+    for function in (dgrad.conv_transpose2d, torch.nn.functional.conv_transpose2d):
+        y = function(x, w)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(torch.autograd.grad(y.square().sum(), (x, w)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:
     def two(least: int, most: int) -> Pair:

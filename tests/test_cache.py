@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -275,3 +276,38 @@ def test_what_native_code_ran_counts_as_used() -> None:
     native.hits, runs["a"] = 1, True
     cache.put("c", SimpleNamespace(ran_natively=lambda: runs["c"]))
     assert [cache.get(key) is not None for key in "abc"] == [True, False, True]
+
+
+def test_threads_that_use_a_full_cache_while_it_asks_what_ran_break_nothing() -> None:
+    cache = PlanCache(max_size=64)
+    native = SimpleNamespace(hits=0, clear=lambda: None)
+    cache.ready = cast(Any, native)
+
+    def entry() -> SimpleNamespace:
+        return SimpleNamespace(ran_natively=lambda: [None for _ in range(20)] == [])
+
+    for key in range(64):
+        cache.put(key, entry())
+    ended = threading.Event()
+
+    def use() -> None:
+        key = 0
+        while not ended.is_set():
+            key += 1
+            cache.get(key % 200)
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for key in range(64, 400):
+            native.hits += 1
+            cache.put(key, entry())
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert cache.size == 64

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -148,3 +150,20 @@ def test_a_layer_that_finds_its_weight_in_another_way_keeps_its_values() -> None
     expected = model(EXAMPLE)
     assert dgrad.convert(model, subclasses=True) == ["0", "1", "2"]
     assert torch.equal(model(EXAMPLE), expected)
+
+
+def test_a_class_that_was_turned_is_freed_with_its_last_layer() -> None:
+    def turned() -> weakref.ref[type]:
+        class Mine(nn.ConvTranspose2d):
+            pass
+
+        model = nn.Sequential(Mine(3, 2, 1), Mine(2, 1, 1))
+        assert dgrad.convert(model, subclasses=True) == ["0", "1"]
+        assert type(model[0]) is type(model[1]) is not Mine
+        dgrad.restore(model)
+        assert type(model[0]) is Mine
+        return weakref.ref(Mine)
+
+    mine = turned()
+    gc.collect()
+    assert mine() is None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgrad
+from dgrad._knowledge import knowledge_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store"), pytest.mark.seconds(2)]
 
@@ -149,3 +153,71 @@ def test_graphs_of_several_shapes_share_a_pool() -> None:
             graph.replay()
         for x, y in zip(inputs, outputs, strict=True):
             assert relative_error(y, plain(x.double())) < 1e-4
+
+
+@pytest.mark.seconds(15)
+@pytest.mark.parametrize("kind", ["one graph", "fused", "pass"])
+def test_what_cudnn_compiled_goes_on_in_a_graph_after_its_plan_is_gone(kind: str) -> None:
+    torch.manual_seed(0)
+    x, w = (
+        torch.randn(size, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        for size in ((4, 32, 8, 10), (32, 16, 2, 2))
+    )
+    b = None if kind == "one graph" else torch.randn(16, device="cuda", dtype=torch.bfloat16)
+    with dgrad.flags(selection="heuristic"):
+        dgrad.conv_transpose2d(x, w, b, 2)
+    (found, _), *_ = dgrad.selections()
+    wanted = {
+        "one graph": lambda c: "+identity" in c.algorithm,
+        "fused": lambda c: c.bias == "fused",
+        "pass": lambda c: c.bias not in (None, "add", "fused"),
+    }[kind]
+    chosen = next(c for c in found.candidates if c.rejected is None and wanted(c))
+    for _ in range(2):  # the second time its kernels are restored
+        use_only(found.problem, chosen)
+        with dgrad.flags(selection="heuristic", fallback="error"):
+            for _ in range(3):
+                dgrad.conv_transpose2d(x, w, b, 2)
+            assert str(dgrad.selections()[-1][0].candidate) == str(chosen)
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                out = dgrad.conv_transpose2d(x, w, b, 2)
+        for number in range(ROUNDS):
+            other_work(number)
+            gc.collect()
+            x.normal_()
+            graph.replay()
+            right = F.conv_transpose2d(
+                x.double(), w.double(), None if b is None else b.double(), stride=2
+            )
+            assert relative_error(out, right) < 1e-2
+
+
+def use_only(problem: Any, candidate: dgrad.Candidate) -> None:
+    """Let nothing but this candidate run a problem."""
+    dgrad.plan_cache.clear()
+    knowledge = knowledge_of(problem)
+    for index, each in enumerate(knowledge.candidates):
+        if (each.engine, each.bias) != (candidate.engine, candidate.bias):
+            knowledge.update(index, rejected="the test wants another")
+
+
+@pytest.mark.seconds(5)
+def test_a_plan_may_go_while_its_work_is_queued() -> None:
+    x = torch.randn(4, 32, 8, 10, device="cuda", dtype=torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last)
+    w = torch.randn(32, 16, 2, 2, device="cuda", dtype=torch.bfloat16)
+    with dgrad.flags(selection="heuristic"):
+        dgrad.conv_transpose2d(x, w, None, 2)
+        (found, _), *_ = dgrad.selections()
+        compiled = next(c for c in found.candidates if "+identity" in c.algorithm)
+        use_only(found.problem, compiled)
+        wanted = dgrad.conv_transpose2d(x, w, None, 2)
+        assert str(dgrad.selections()[-1][0].candidate) == str(compiled)
+        torch.cuda._sleep(200_000_000)
+        found_later = dgrad.conv_transpose2d(x, w, None, 2)
+        dgrad.plan_cache.clear()
+        gc.collect()
+        other_work(0)
+    assert torch.equal(found_later, wanted)

@@ -401,3 +401,14 @@ def test_inference_mode_and_capture() -> None:
     y.zero_()
     graph.replay()
     torch.testing.assert_close(y, wanted)
+
+
+@pytest.mark.parametrize("kind", [list, torch.Size])
+def test_a_list_is_looked_up_as_a_tuple_is(kind: Callable[[Any], Any]) -> None:
+    x, w, b = tensors()
+    first = dgrad.conv_transpose2d(x, w, b, kind((2, 2)), kind((1, 1)), kind((1, 1)))
+    again: list[Tensor] = []
+    given = ((2, 2), (1, 1), (1, 1))
+    assert used(lambda: again.append(dgrad.conv_transpose2d(x, w, b, *map(kind, given)))) == 1
+    assert all(torch.equal(first, each) for each in again)
+    assert_right(first, x, w, b, stride=2, padding=1, output_padding=1)

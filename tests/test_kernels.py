@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import dgrad
-from dgrad import _kernels, _loader, config, log, store
+from dgrad import _kernels, _loader, _runner, config, log, store
 from dgrad._runner import Runner
 from dgrad.exceptions import cudnn_error
 from fake_cudnn import (
@@ -454,6 +454,23 @@ def test_a_capture_says_nothing_of_kernels(
     with pytest.raises(dgrad.CudnnError, match="no memory"):
         _kernels.make_plan(BIASED, fused)
     assert not warned(caplog)
+
+
+@pytest.mark.parametrize("name", ["ALGO_1", FUSED, PASS])
+def test_a_plan_that_was_compiled_and_captured_is_kept_for_its_graphs(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """See Note [Captured] in src/plan.hpp."""
+    choose(core, monkeypatch, name)
+    run(core)
+    assert core.kept_for_graphs == []
+    runner = Runner(BIASED, config.policy(dgrad.Flags(selection="measure")))
+    runner.run(X, W, Y, BIAS)
+    monkeypatch.setattr(_runner, "_loader", SimpleNamespace(require=lambda: core))
+    cuda = vars(_runner)["torch"].cuda
+    monkeypatch.setattr(cuda, "is_current_stream_capturing", lambda: True)
+    runner.run(X, W, Y, BIAS)
+    assert core.kept_for_graphs == ([] if name == "ALGO_1" else [name])
 
 
 def test_the_native_module_refuses_what_it_did_not_give() -> None:

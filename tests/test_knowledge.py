@@ -22,6 +22,7 @@ from dgrad import _knowledge, config
 from dgrad._knowledge import Knowledge, knowledge_of
 from dgrad._runner import Runner
 from dgrad._watch import watching
+from dgrad.exceptions import cudnn_error
 from dgrad.selection import Candidate
 from fake_cudnn import (
     BIAS,
@@ -432,6 +433,49 @@ def test_nothing_stored_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     knowledge = known([*CANDIDATES])
     knowledge.refresh()
     assert (knowledge.candidates, knowledge.source) == (CANDIDATES, "measured")
+
+
+def restart(core: StoredCore) -> None:
+    """As another process begins."""
+    dgrad.plan_cache.clear()
+    core.ran.clear()
+
+
+def test_a_failure_that_may_not_last_is_not_stored(
+    stored: StoredCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fastest = "convolution_identity:eng3"
+    fake_times(stored, monkeypatch, TIMES)
+    run_one(bias=False)
+    restart(stored)
+    stored.failing[fastest] = cudnn_error(5000, "a bad moment", "cudnnBackendExecute", "")
+    selection = run_one(bias=False)
+    assert str(selection.candidate).startswith("graph:eng2")
+    assert "it failed this time: a bad moment" in {c.rejected for c in selection.candidates}
+    _knowledge.store.write(selection.problem, knowledge_of(selection.problem).candidates)
+    stored.failing.clear()
+    restart(stored)
+    (again,) = (c for c in run_one(bias=False).candidates if "eng3" in c.algorithm)
+    assert (again.rejected, again.skipped) == (None, True)
+
+
+@pytest.mark.parametrize("provider", ["legacy", "graph"])
+def test_a_moment_when_cudnn_could_not_be_asked_is_not_stored(
+    stored: StoredCore, monkeypatch: pytest.MonkeyPatch, own_store: Path, provider: str
+) -> None:
+    fake_times(stored, monkeypatch, TIMES)
+    error = cudnn_error(4003, "no memory", "cudnnGet", "")
+    engines, results = dict(stored.engines), stored.results
+    if provider == "graph":
+        stored.engines["convolution"] = error
+    else:
+        stored.results = error
+    run_one(bias=False)
+    assert not list(own_store.glob("*/*.json"))
+    restart(stored)
+    stored.engines, stored.results = engines, results
+    assert str(run_one(bias=False).candidate) == "graph:eng3+identity (FMA_MATH)"
+    assert len(list(own_store.glob("*/*.json"))) == 1
 
 
 # --- in the other precision ---------------------------------------------------------------------

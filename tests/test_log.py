@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import resource
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,3 +141,26 @@ def test_a_level_that_the_program_sets_meanwhile_stays(tell: Tell) -> None:
         assert tell(None)[1] == logging.CRITICAL
     finally:
         logger.setLevel(logging.NOTSET)
+
+
+def test_threads_tell_of_one_reason_once(caplog: pytest.LogCaptureFixture) -> None:
+    gate = threading.Barrier(8)
+
+    def tell_all() -> None:
+        gate.wait()
+        for number in range(50):
+            log.fallback(f"reason {number}")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with caplog.at_level(logging.INFO, logger="dgrad"):
+            threads = [threading.Thread(target=tell_all) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == len(set(said)) == 50

@@ -459,3 +459,21 @@ def test_compiled_code_casts_under_autocast_as_pytorchs(
     for one, other in zip(trained(compiled, converted), trained(plain, plain), strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, rtol=5e-2, atol=5e-3)
+
+
+def test_a_size_that_is_not_the_results_is_refused() -> None:
+    x, w = torch.ones(1, 2, 9, 9), torch.ones(3, 2, 3, 3)
+    geometry = ([0, 0], [2, 2], [1, 1], 1)
+    assert torch.ops.dgrad.fprop(x, w, None, [4, 4], *geometry).shape == (1, 3, 4, 4)
+    with pytest.raises(RuntimeError, match=r"size is \(9, 9\), expected \(4, 4\)"):
+        torch.ops.dgrad.fprop(x, w, None, [9, 9], *geometry)
+
+
+@pytest.mark.parametrize("name", ["dgrad", "fprop"])
+def test_an_operator_keeps_its_types_under_autocast(name: str) -> None:
+    a = torch.randn(1, 2, 5, 5)
+    w = torch.randn((2, 3, 3, 3) if name == "dgrad" else (3, 2, 3, 3))
+    size = [7, 7] if name == "dgrad" else [3, 3]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = getattr(torch.ops.dgrad, name)(a, w, None, size, [0, 0], [1, 1], [1, 1], 1)
+    assert found.dtype is torch.float32

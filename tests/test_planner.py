@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import dgrad
+from dgrad import _runner
 from dgrad._runner import Runner
 from dgrad.exceptions import TorchOutOfMemoryError, cudnn_error
 from fake_cudnn import (
@@ -340,6 +341,43 @@ def test_an_algorithm_that_fails_is_not_tried_again(start: Start, when: str) -> 
     assert "cudnnFinalize returned 3000: the why" in text
     assert "more lines" not in text
     assert core.planned.count(("GEMM", "DEFAULT_MATH")) == 1
+
+
+def test_a_plan_that_cannot_be_made_in_a_capture_rejects_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(FakeResult("GEMM"), FakeResult("ALGO_1"))
+    capturing = True
+    cuda = vars(_runner)["torch"].cuda
+    monkeypatch.setattr(cuda, "is_current_stream_capturing", lambda: capturing)
+    core.unplannable["GEMM"] = cudnn_error(4000, "not in a capture", "cudnnBackendFinalize", "")
+    run()
+    assert names(core) == ["ALGO_1"]
+    core.unplannable["ALGO_1"] = core.unplannable["GEMM"]
+    with pytest.raises(dgrad.CudnnError, match="not in a capture"):
+        run(deterministic=True)
+    capturing = False
+    core.unplannable.clear()
+    run()
+    assert names(core)[-1] == "GEMM"
+
+
+@pytest.mark.parametrize("status", [3000, 4003, 5000])
+@pytest.mark.parametrize("broken", ["legacy", "graph"])
+def test_a_heuristic_that_fails_leaves_the_other_provider(
+    start: Start, broken: str, status: int
+) -> None:
+    error = cudnn_error(status, "cudnnGet failed", "cudnnGet", "")
+    if broken == "legacy":
+        core = start(convolution=[FakeEngine("eng1")])
+        core.results = error
+    else:
+        core = start(FakeResult("ALGO_1"), convolution=error)
+    run()
+    assert names(core) == ["ALGO_1" if broken == "graph" else "convolution:eng1"]
+    reasons = [c.rejected for c in dgrad.selections()[0][0].candidates if c.rejected]
+    passing = "cuDNN could not be asked this time: " if status > 4000 else ""
+    assert set(reasons) == {f"{passing}cudnnGet failed"}
 
 
 def test_a_failure_on_one_thread_is_known_to_all(start: Start) -> None:

@@ -70,6 +70,8 @@ class Plan:
     def notes(self) -> list[str]: ...
     @property
     def compiled(self) -> list[bytes]: ...
+    @property
+    def compiles(self) -> bool: ...
     def execute(self, x: int, w: int, y: int, bias: int, workspace: int, stream: int) -> None: ...
 
 @final
@@ -88,6 +90,7 @@ class ReadyCall:
         make_out: Callable[[], Tensor],
         make_workspace: Callable[[], UntypedStorage] | None,
         enter_bias: Callable[[Tensor], Tensor] | None,
+        is_capturing: Callable[[], bool] | None,
         plan_reads_bias: bool,
         pytorch_adds_bias: bool,
         uses: UseCount,
@@ -120,6 +123,7 @@ class ReadyCalls:
     def hits(self) -> int: ...
 
 def sequence(first: Plan, second: Plan) -> Plan: ...
+def keep_for_graphs(plan: Plan) -> None: ...
 
 @final
 class HeuristicResult:

@@ -81,6 +81,8 @@ class Runner:
             if self._plan is None or self._provisional:
                 self._choose((x, w, y, bias))
             assert self._plan is not None
+            if self._plan.compiles and torch.cuda.is_current_stream_capturing():
+                _loader.require().keep_for_graphs(self._plan)
             try:
                 if profiling():
                     with record_function(self._label):
@@ -149,6 +151,7 @@ class Runner:
             if size
             else None,
             enter_bias=methodcaller("repeat", self._repeats) if repeated else None,
+            is_capturing=torch._C._cuda_isCurrentStreamCapturing if self._plan.compiles else None,
             plan_reads_bias=by_cudnn,
             pytorch_adds_bias=self._bias == ADD,
             uses=use.native,

@@ -33,6 +33,7 @@ FUSED = "fused"  # by the engine that convolves
 ADD = "add"  # by PyTorch
 IDENTITY = "+identity"  # ends the name of an engine that runs a convolution and a copy as one
 
+_ORDER = "cuDNN's order"
 _FASTER = 0.9995  # times closer than this are shown as the same
 
 
@@ -159,12 +160,24 @@ class Selection:
         if objection is not None:
             return f"rejected: {objection}" + (f" ({slower})" if slower else "")
         if slower:
-            return slower
-        if candidate.skipped:
-            return "not timed: the budget was spent"
-        return (
-            "later in the order asked for" if self.source == "forced" else "later in cuDNN's order"
-        )
+            return slower + self._although_faster(candidate)
+        return "not timed: the budget was spent" if candidate.skipped else self._later()
+
+    def _later(self) -> str:
+        return f"later in {'the order asked for' if self.source == 'forced' else _ORDER}"
+
+    def _although_faster(self, candidate: Candidate) -> str:
+        """Why a candidate that may run and is faster was not chosen."""
+        if (self._ratio(candidate) or 1.0) >= 1.0:
+            return ""
+        if self.source in ("forced", "heuristic"):
+            return f", {self._later()}"
+        why = ", within the noise"
+        if self.candidate.deterministic and not candidate.deterministic:
+            return f"{why} and not deterministic"
+        if candidate.workspace_bytes > self.candidate.workspace_bytes:
+            return f"{why} and with a larger workspace"
+        return why
 
     def _slower(self, candidate: Candidate) -> str | None:
         """How the candidate's time compares with the chosen one's, where both are known."""
@@ -189,7 +202,7 @@ class Selection:
         second = min(others, key=lambda candidate: candidate.time_ms or 0.0)
         if self.candidate.device_ms is not None and second.device_ms is not None:  # these decide
             second = min(others, key=lambda c: math.inf if c.device_ms is None else c.device_ms)
-        return f", next {second} {self._slower(second)}"
+        return f", next {second} {self._slower(second)}{self._although_faster(second)}"
 
     def _over_limit(self) -> str:
         """What a larger workspace_limit would bring, where that was measured."""
@@ -253,15 +266,24 @@ class Selection:
             (
                 str(candidate),
                 self.problem.layout,
-                format_bytes(candidate.workspace_bytes),
+                self._workspace(index),
                 "" if candidate.time_ms is None else format_ms(candidate.time_ms),
                 "" if candidate.device_ms is None else format_ms(candidate.device_ms),
                 "yes" if candidate.deterministic else "no",
                 verdict,
             )
-            for candidate, verdict in zip(self.candidates, self.verdicts(), strict=True)
+            for index, (candidate, verdict) in enumerate(
+                zip(self.candidates, self.verdicts(), strict=True)
+            )
         ]
         return [header, *rows]
+
+    def _workspace(self, index: int) -> str:
+        """As text; of an engine that nothing was built of it is not known."""
+        candidate = self.candidates[index]
+        built = index == self.chosen or candidate.time_ms is not None
+        known = built or candidate.workspace_bytes > 0 or candidate.provider == "legacy"
+        return format_bytes(candidate.workspace_bytes) if known else "not known"
 
 
 def reasons_table(candidates: list[tuple[Candidate, str]]) -> str:

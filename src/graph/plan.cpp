@@ -88,6 +88,8 @@ class GraphPlan final : public Plan {
             to_text({uids_, notes_, plan_.text(CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION)})};
     }
 
+    [[nodiscard]] bool compiles() const noexcept override { return compiles_; }
+
     void execute(const Pointers& pointers, void* workspace, cudaStream_t stream) override {
         cudnnHandle_t handle = handle_for(device_);
         DGRAD_CUDNN_CHECK(cudnnSetStream(handle, stream));
