@@ -80,10 +80,14 @@ def log_line(record: dict[str, Any]) -> str:
 
 def host_table(record: dict[str, Any]) -> str:
     """The host's time of one call of the smallest layer."""
-    lines = ["| tiny layer | bias | PyTorch, us | dgrad, us | ratio |", "|---|---|---|---|---|"]
+    lines = [
+        "| tiny layer | bias | PyTorch, us (99 %) | dgrad, us (99 %) | dgrad / PyTorch |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
-        f"| {case['call']} | {'yes' if case['bias'] else 'no'} | {case['pytorch_us']:.1f} | "
-        f"{case['dgrad_us']:.1f} | {case['ratio']:.2f} |"
+        f"| {case['call']} | {'yes' if case['bias'] else 'no'} | "
+        f"{case['pytorch_us']:.1f} ({case['pytorch_p99_us']:.1f}) | "
+        f"{case['dgrad_us']:.1f} ({case['dgrad_p99_us']:.1f}) | {case['ratio']:.2f} |"
         for case in record["cases"]
         if case["layer"] == "tiny"
     ]
@@ -104,8 +108,9 @@ def bench_table(record: dict[str, Any]) -> str:
         for name, g in [*rows, ("all", summary)]
     ]
     for which in ("best", "worst"):
-        named = ", ".join(f"{each['case']} {each['ratio']:.2f}" for each in summary[which])
-        lines.append(f"\nThe ten {which}: {named}.")
+        lines.append(f"\n<details><summary>The ten {which}</summary>\n")
+        lines += [f"- {each['case']}: {each['ratio']:.2f}" for each in summary[which]]
+        lines.append("\n</details>")
     return "\n".join(lines)
 
 

@@ -126,6 +126,7 @@ def _cases() -> list[dict[str, Any]]:
             steps = [partial(_step, module, leaf, grad) for module in (ours, layer)]
             kinds: list[Kind] = [
                 ("function", functions, False, _round),
+                ("function, recording", functions, True, _round),
                 ("module", modules, False, _round),
                 ("module, recording", modules, True, _round),
                 ("module, with backward", steps, True, _round),
