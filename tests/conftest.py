@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import dgrad
-from dgrad import _ops, log, measure, store
+from dgrad import _folders, _ops, log, measure, store
 from dgrad import config as dgrad_config
 from dgrad._layers import DIRECTIONS
 from dgrad.bench import environment
@@ -184,7 +184,7 @@ def store_root(_no_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for variable in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.setenv("DGRAD_STORE", str(root))
-    monkeypatch.setattr(store, "folder_name", lambda device: HERE)
+    monkeypatch.setattr(_folders, "folder_name", lambda device: HERE)
     monkeypatch.setattr(log, "_warned", {})
     monkeypatch.setattr(store, "_swept", set())
     return root

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dgrad import Candidate, _loader, _stored, store
+from dgrad import Candidate, _folders, _loader, _stored, store
 from fake_cudnn import real_problem
 
 _CORE, _REASON = _loader.load()
@@ -27,7 +27,7 @@ MARKS = [
 HERE = "NVIDIA-H200_sm90_cudnn-9.12.0_v3"
 OTHER_GPU = "NVIDIA-L4_sm89_cudnn-9.12.0_v3"
 OTHER_CUDNN = "NVIDIA-H200_sm90_cudnn-9.19.0_v3"
-folder_name_of_device = store.folder_name
+folder_name_of_device = _folders.folder_name
 
 
 def make_problem(**changes: Any) -> Any:

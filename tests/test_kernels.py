@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import dgrad
-from dgrad import _kernels, _loader, _runner, config, log, store
+from dgrad import _folders, _kernels, _loader, _runner, config, log, store
 from dgrad._runner import Runner
 from dgrad.exceptions import cudnn_error
 from fake_cudnn import (
@@ -222,7 +222,7 @@ def test_a_file_of_another_problem_or_candidate_is_a_miss(
     with monkeypatch.context() as patch:
         gpu = SimpleNamespace(name="NVIDIA Pretended 2", major=9, minor=0)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-        (folder.parent / store.folder_name(0)).mkdir(mode=0o700)
+        (folder.parent / _folders.folder_name(0)).mkdir(mode=0o700)
         elsewhere = _kernels._file(*right)
         assert elsewhere is not None
         shutil.copy(file, elsewhere)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dgrad import _candidates, _loader, _stored, store
+from dgrad import _candidates, _folders, _loader, _stored, store
 from dgrad.exceptions import cudnn_error
 from stored import (
     BIASED,
@@ -327,7 +327,7 @@ def test_a_folder_is_named_by_gpu_cudnn_and_format(
 
 def test_another_gpu_and_another_cudnn_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     for number, folder in enumerate((HERE, OTHER_GPU, OTHER_CUDNN)):
-        monkeypatch.setattr(store, "folder_name", lambda device, folder=folder: folder)
+        monkeypatch.setattr(_folders, "folder_name", lambda device, folder=folder: folder)
         assert store.read(make_problem()) is None
         store.write(make_problem(), [replace(CANDIDATES[0], time_ms=1.0 + number)])
     assert [entry["folder"] for entry in store.list()] == sorted([HERE, OTHER_GPU, OTHER_CUDNN])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dgrad import Candidate, _stored, store
+from dgrad import Candidate, _folders, _stored, store
 from stored import (
     BIASED,
     CANDIDATES,
@@ -85,7 +85,7 @@ def test_exports_of_several_machines_merge(tmp_path: Path, monkeypatch: pytest.M
     exports = []
     for number, folder in enumerate((HERE, OTHER_GPU, OTHER_CUDNN)):
         monkeypatch.setenv("DGRAD_STORE", str(tmp_path / f"machine {number}"))
-        monkeypatch.setattr(store, "folder_name", lambda device, folder=folder: folder)
+        monkeypatch.setattr(_folders, "folder_name", lambda device, folder=folder: folder)
         times = [replace(CANDIDATES[0], time_ms=1.0 + number), *CANDIDATES[1:]]
         store.write(make_problem(), times)
         store.write(numbered(11 + number), times)
@@ -93,7 +93,7 @@ def test_exports_of_several_machines_merge(tmp_path: Path, monkeypatch: pytest.M
         assert store.export(exports[-1]) == 2
 
     monkeypatch.setenv("DGRAD_STORE", str(tmp_path / "merged"))
-    monkeypatch.setattr(store, "folder_name", lambda device: HERE)
+    monkeypatch.setattr(_folders, "folder_name", lambda device: HERE)
     assert [store.load(file) for file in exports] == [2, 2, 2]
     assert len(store.list()) == 6
     assert store.read(make_problem()) == [replace(CANDIDATES[0], time_ms=1.0), *CANDIDATES[1:]]

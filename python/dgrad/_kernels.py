@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import _candidates, _loader, log, store
+from . import _candidates, _folders, _loader, log, store
 from ._files import read_own
 from ._stored import file_name, text_of
 from .exceptions import CudnnError, CudnnNotInitializedError
@@ -69,7 +69,7 @@ def _says_nothing(error: Exception) -> bool:
 def keep(problem: Problem, candidate: Candidate, plan: Plan) -> None:
     """Keep what cuDNN compiled for a plan that has run, if it did. Raises nothing."""
     name = _name(problem, candidate)
-    if name is None or store.path() is None:
+    if name is None or _folders.path() is None:
         return
     file = _file(problem, candidate)
     if file is not None and os.path.lexists(file) and file not in _refused:
@@ -100,7 +100,7 @@ def _name(problem: Problem, candidate: Candidate) -> str | None:
 def _file(problem: Problem, candidate: Candidate) -> Path | None:
     """The file, which need not exist; None where there is none to read."""
     name = _name(problem, candidate)
-    folder = store.folder_of(problem) if name is not None else None
+    folder = _folders.folder_of(problem) if name is not None else None
     return folder / name if folder is not None and name is not None else None
 
 
@@ -138,6 +138,6 @@ def _refuse(file: Path, reason: str) -> None:
 def _digest(problem: Problem, candidate: Candidate, packed: bytes) -> bytes:
     """It holds for this version of dgrad, which makes the graph, and for this GPU and cuDNN."""
     version = _loader.require().__version__
-    folder = store.folder_name(problem.device)
+    folder = _folders.folder_name(problem.device)
     head = f"{version}\n{folder}\n{text_of(problem)}\n{candidate}\n"
     return hashlib.sha256(head.encode() + packed).digest()

@@ -17,7 +17,6 @@ Note [Claim] in _claim.py.
 from __future__ import annotations
 
 import builtins  # `list` is a public name of this module
-import errno
 import os
 import re
 import secrets
@@ -27,16 +26,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from . import _loader, log
+from . import _folders, log
 from ._candidates import other_precision
 from ._claim import claimed
 from ._export import entries_of, exported, joined
-from ._files import make_own, put, read_own, require_own
+from ._files import make_own, put, read_own
+from ._folders import ABSENT, path, trusted
 from ._stored import (
     FOLDER,
-    FORMAT,
     MAX_BYTES,
     UNNAMED,
     decode,
@@ -60,42 +57,15 @@ _PASSING = re.compile(  # not for long there
     rf"\.({_FILE.pattern}|{_KERNELS.pattern})\.([0-9a-f]{{16}}\.tmp|lock)"
 )
 _STALE_S = 3600.0  # one of these that is so old was left by a process that died
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # ESTALE: replaced by another NFS client
 
 _swept: set[Path] = set()  # folders whose stale files this process has removed
 
 
-def path() -> Path | None:
-    """The root folder in use, which need not exist, or None if the store is off."""
-    wanted = os.environ.get("DGRAD_STORE", "")
-    if wanted.strip().lower() == "off":
-        return None
-    if wanted:
-        return Path(os.path.expanduser(wanted))
-    for variable, below in (("XDG_CACHE_HOME", ()), ("HOME", (".cache",))):
-        folder = os.environ.get(variable, "")
-        if os.path.isabs(folder):
-            return Path(folder, *below, "dgrad")
-    log.warn_once(
-        "HOME", "selections are not stored: HOME is not set; DGRAD_STORE can name a folder"
-    )
-    return None
-
-
 def read(problem: Problem) -> Candidates | None:
     """What is stored of a problem for its GPU and this cuDNN, or None. Raises nothing."""
-    folder = folder_of(problem)
+    folder = _folders.folder_of(problem)
     entry = _read_entry(folder / file_name(problem), problem) if folder else None
     return entry[1] if entry else None
-
-
-def folder_of(problem: Problem) -> Path | None:
-    """The folder that is read for a problem, if it is there and the user's own. Raises nothing."""
-    root = path()
-    if root is None:
-        return None
-    folder = root / folder_name(problem.device)
-    return folder if _trusted(root) and _trusted(folder) else None
 
 
 def write(problem: Problem, candidates: Sequence[Candidate]) -> None:
@@ -121,7 +91,7 @@ def save(problem: Problem, name: str, data: bytes) -> bool:
     if root is None:
         return False
     try:
-        _save(root / folder_name(problem.device), name, data)
+        _save(root / _folders.folder_name(problem.device), name, data)
     except OSError as error:
         log.warn_once(str(root), "selections are not stored in %r: %s", str(root), error)
         return False
@@ -130,7 +100,7 @@ def save(problem: Problem, name: str, data: bytes) -> bool:
 
 def entry_of(problem: Problem) -> str:
     """The file that tells of a problem: its own, or where there is none the other precision's."""
-    folder = (path() or Path()) / folder_name(problem.device)
+    folder = (path() or Path()) / _folders.folder_name(problem.device)
     same = [problem, other_precision(problem)] if problem.dtype == "float32" else [problem]
     files = [str(folder / file_name(each)) for each in same]
     return next(filter(os.path.lexists, files), files[0])
@@ -152,7 +122,7 @@ def claim(problem: Problem) -> Iterator[None]:
     lock = None
     root = path()
     if root is not None:
-        folder = root / folder_name(problem.device)
+        folder = root / _folders.folder_name(problem.device)
         with suppress(OSError):  # writing will warn of it
             make_own(folder)
             lock = folder / f".{file_name(problem)}.lock"
@@ -234,7 +204,7 @@ def load(file: str | os.PathLike[str]) -> int:
     checked = []
     for name, problem, candidates in entries_of(Path(file)):
         folder = root / name
-        stored = _read_entry(folder / file_name(problem), problem) if _trusted(folder) else None
+        stored = _read_entry(folder / file_name(problem), problem) if trusted(folder) else None
         data = joined(problem, stored[1] if stored else [], candidates)
         checked.append((folder, file_name(problem), data))
     for folder, name, data in checked:
@@ -257,7 +227,7 @@ def forget(matching: str | None = None) -> int:
     if matching is None:
         files = [
             folder / name
-            for folder in _folders(path())
+            for folder in _all_folders(path())
             for name in os.listdir(folder)
             if any(each.fullmatch(name) for each in (_FILE, _KERNELS, _PASSING))
         ]
@@ -269,13 +239,6 @@ def forget(matching: str | None = None) -> int:
     return sum(file.suffix == ".json" for file in files)
 
 
-def folder_name(device: int) -> str:
-    """What the times of a device hold for. Its index is no part of it."""
-    gpu = torch.cuda.get_device_properties(device)
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", gpu.name)[:100]
-    return f"{name}_sm{gpu.major}{gpu.minor}_cudnn-{_loader.cudnn_version()}_v{FORMAT}"
-
-
 def _require_path() -> Path:
     root = path()
     if root is None:
@@ -283,25 +246,14 @@ def _require_path() -> Path:
     return root
 
 
-def _trusted(folder: Path) -> bool:
-    """Whether a folder is there and is the user's own; one warning if it is not to be used."""
-    try:
-        require_own(folder)
-    except OSError as error:
-        if error.errno not in _ABSENT:
-            log.warn_once(str(path()), "selections in %r are not used: %s", str(folder), error)
-        return False
-    return True
-
-
-def _folders(root: Path | None) -> builtins.list[Path]:
-    names = sorted(os.listdir(root)) if root and _trusted(root) else []
+def _all_folders(root: Path | None) -> builtins.list[Path]:
+    names = sorted(os.listdir(root)) if root and trusted(root) else []
     found = [Path(root or "", name) for name in names if FOLDER.fullmatch(name)]
-    return [folder for folder in found if _trusted(folder)]
+    return [folder for folder in found if trusted(folder)]
 
 
 def _files(root: Path | None) -> Iterator[Path]:
-    for folder in _folders(root):
+    for folder in _all_folders(root):
         for name in filter(_FILE.fullmatch, sorted(os.listdir(folder))):
             yield folder / name
 
@@ -327,7 +279,7 @@ def _checked(file: Path, problem: Problem | None) -> tuple[Problem, Candidates] 
     try:
         found = validated(decode(read_own(file, MAX_BYTES + 1)), problem)
     except OSError as error:
-        if error.errno in _ABSENT:
+        if error.errno in ABSENT:
             return None
         raise ValueError(f"cannot be read: {error}") from None
     except RecursionError as error:
