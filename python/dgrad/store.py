@@ -31,7 +31,8 @@ from ._candidates import other_precision
 from ._claim import claimed
 from ._export import entries_of, exported, joined
 from ._files import make_own, put, read_own
-from ._folders import ABSENT, path, trusted
+from ._folders import ABSENT, trusted
+from ._folders import path as path  # public here
 from ._stored import (
     FOLDER,
     MAX_BYTES,
