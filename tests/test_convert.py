@@ -167,3 +167,14 @@ def test_a_class_that_was_turned_is_freed_with_its_last_layer() -> None:
     mine = turned()
     gc.collect()
     assert mine() is None
+
+
+@pytest.mark.parametrize("only", ["^b$", lambda name, _: name == "b"], ids=["name", "predicate"])
+def test_a_shared_layer_is_found_under_each_of_its_names(only: Any) -> None:
+    model = nn.Module()
+    model.a = model.b = nn.ConvTranspose2d(3, 2, 1)
+    model.c = nn.ConvTranspose2d(3, 2, 1)
+    done = dgrad.convert(model, only=only)
+    assert (done, list(done.left)) == (["a"], ["c"])
+    assert type(model.b) is dgrad.ConvTranspose2d
+    assert dgrad.restore(model, only=only) == ["a"]

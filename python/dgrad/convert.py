@@ -81,11 +81,14 @@ def _turn(
 ) -> Conversion:
     done = Conversion()
     classes: list[tuple[torch.nn.Module, type]] = []  # all or none, should something raise
-    for name, module in model.named_modules():
+    names: dict[torch.nn.Module, list[str]] = {}  # of which a shared layer has several
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for module, (name, *others) in names.items():
         if not isinstance(module, _TORCH) and _scripted_as(module) != _TORCH.__name__:
             continue
         try:
-            if not _is_wanted(name, module, only):
+            if not any(_is_wanted(each, module, only) for each in (name, *others)):
                 raise _LeftError("only leaves it out")
             classes.append((module, class_for(module)))
             done.append(name)
