@@ -164,7 +164,7 @@ def test_what_cudnn_compiled_goes_on_in_a_graph_after_its_plan_is_gone(kind: str
         for size in ((4, 32, 8, 10), (32, 16, 2, 2))
     )
     b = None if kind == "one graph" else torch.randn(16, device="cuda", dtype=torch.bfloat16)
-    with dgrad.flags(selection="heuristic"):
+    with dgrad.flags(selection="heuristic", algorithm="graph"):
         dgrad.conv_transpose2d(x, w, b, 2)
     (found, _), *_ = dgrad.selections()
     wanted = {
@@ -175,7 +175,7 @@ def test_what_cudnn_compiled_goes_on_in_a_graph_after_its_plan_is_gone(kind: str
     chosen = next(c for c in found.candidates if c.rejected is None and wanted(c))
     for _ in range(2):  # the second time its kernels are restored
         use_only(found.problem, chosen)
-        with dgrad.flags(selection="heuristic", fallback="error"):
+        with dgrad.flags(selection="heuristic", algorithm="graph", fallback="error"):
             for _ in range(3):
                 dgrad.conv_transpose2d(x, w, b, 2)
             assert str(dgrad.selections()[-1][0].candidate) == str(chosen)
@@ -208,7 +208,7 @@ def test_a_plan_may_go_while_its_work_is_queued() -> None:
     x = torch.randn(4, 32, 8, 10, device="cuda", dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last)
     w = torch.randn(32, 16, 2, 2, device="cuda", dtype=torch.bfloat16)
-    with dgrad.flags(selection="heuristic"):
+    with dgrad.flags(selection="heuristic", algorithm="graph"):
         dgrad.conv_transpose2d(x, w, None, 2)
         (found, _), *_ = dgrad.selections()
         compiled = next(c for c in found.candidates if "+identity" in c.algorithm)

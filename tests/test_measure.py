@@ -200,16 +200,32 @@ def test_after_each_round_those_leave_that_are_a_quarter_behind(device: Device) 
 
 
 def test_one_that_falls_behind_in_a_later_round_leaves_then(device: Device) -> None:
-    # Two rounds as fast as the other, then slower: by the median it is behind after the fourth.
-    tiring = device.contestant("a", lambda run: 10.0 if run < 4 else 20.0)
-    assert time([tiring, device.contestant("b", 10.0)]) == [15.0, 10.0]
-    assert rounds(tiring) == 4
+    # One round as fast as the other, then slower: by the median it is behind after the third.
+    tiring = device.contestant("a", lambda run: 10.0 if run < 3 else 20.0)
+    assert time([tiring, device.contestant("b", 10.0)]) == [20.0, 10.0]
+    assert rounds(tiring) == 3
 
 
 def test_a_single_disturbed_sample_does_not_count(device: Device) -> None:
     disturbed = device.contestant("a", lambda run: 40.0 if run == 5 else 10.0)
     assert time([disturbed, device.contestant("b", 10.5)]) == [10.0, 10.5]
     assert rounds(disturbed) == ROUNDS
+
+
+@pytest.mark.parametrize("budget_s", [None, 3e-5])
+@pytest.mark.parametrize("sample", [0, 1])
+def test_a_disturbed_sample_of_a_short_run_does_not_count(
+    device: Device, budget_s: float | None, sample: int
+) -> None:
+    # Of 50 runs back to back after the first two; without budget there are two such samples.
+    first, last = 2 + 50 * sample, 52 + 50 * sample
+    disturbed = device.contestant("a", lambda run: 0.025 if first <= run < last else 0.01)
+    contestants = [disturbed, device.contestant("b", 0.0104)]
+    for each in contestants:
+        each.run = None
+    measure(contestants, budget_s, (Failure,))
+    assert disturbed.time_ms == pytest.approx(0.01)
+    assert disturbed.device_ms is not None
 
 
 def test_the_single_run_before_the_rounds_does_not_count(device: Device) -> None:
