@@ -369,6 +369,10 @@ def test_a_stored_engine_that_cudnn_does_not_know_does_not_run(
     assert selection.source == "stored"
     assert names(stored)[1] == "convolution:eng2"  # the next best
     assert "expected a name such as" in selection.verdicts()[fastest]
+    dgrad.plan_cache.clear()
+    stored.planned.clear()
+    assert run_one(True).verdicts() == selection.verdicts()
+    assert not [name for name in stored.planned if "eng999" in str(name)], "the entry tells"
 
 
 def test_an_entry_of_the_first_format_is_not_read(

@@ -181,7 +181,7 @@ class Runner:
         if self._provisional and self._plan is not None:
             return True
         timed = self._complete(tensors) if missing and not capturing else {}
-        failed = None
+        failed, outdated = None, False
         for index in preference(knowledge.candidates, problem.direction, policy):
             try:
                 plan, restored = timed.get(index), False
@@ -193,6 +193,7 @@ class Runner:
                     failed = error  # of the capture, perhaps, and not of the candidate
                 else:
                     self._reject(index, error)
+                    outdated = knowledge.believed
                 continue
             candidate = knowledge.candidates[index]
             if objection(candidate, problem.direction, policy) is not None:
@@ -202,6 +203,8 @@ class Runner:
             self.use = None
             if self._provisional:
                 log.captured(problem)
+            if outdated:  # so that no other process tries what is not to be had any more
+                store.write(problem, knowledge.candidates)
             knowledge.pack()
             return True
         if failed is not None:

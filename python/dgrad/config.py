@@ -41,8 +41,9 @@ class Flags:
             ``torch.backends.cudnn.deterministic`` or ``torch.use_deterministic_algorithms``.
         allow_tf32 (bool): let float32 run in tf32. Default:
             ``torch.backends.cudnn.conv.fp32_precision`` (``allow_tf32`` before PyTorch 2.9).
-        fallback (str): "pytorch" (default) lets PyTorch run what dgrad cannot, unless a flag
-            above asks for what PyTorch might not keep to; "error" raises
+        fallback (str): "pytorch" (default) lets PyTorch run, by its own switches, what never goes
+            to cuDNN (other devices and dtypes, transforms), and what no candidate can run unless a
+            flag above asks for what PyTorch might not keep to; "error" raises
             :class:`dgrad.NotSupportedError` instead.
 
     Raises:

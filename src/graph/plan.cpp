@@ -14,6 +14,7 @@ namespace dgrad::graph {
 namespace {
 
 constexpr std::size_t max_uids = 4;
+constexpr std::size_t kept_packs = 8;  // of a plan
 
 // What a plan is made of again: cuDNN's text, and what that does not tell.
 struct Compiled {
@@ -98,8 +99,7 @@ class GraphPlan final : public Plan {
             addresses[i] = address(static_cast<Uid>(uids_[i]), pointers);
         }
         addresses.back() = workspace;
-        if (!pack_ || addresses != packed_) pack(addresses);
-        DGRAD_CUDNN_CHECK(cudnnBackendExecute(handle, plan_.get(), pack_->get()));
+        DGRAD_CUDNN_CHECK(cudnnBackendExecute(handle, plan_.get(), pack(addresses).get()));
     }
 
   private:
@@ -117,18 +117,20 @@ class GraphPlan final : public Plan {
     // uids_'s pointers in their order, the workspace last.
     using Addresses = std::array<void*, max_uids + 1>;
 
-    // A finalized pack cannot be changed. An allocator that caches often gives the same addresses
-    // again, so the last pack is kept.
-    void pack(const Addresses& addresses) {
-        pack_.reset();
+    // A finalized pack cannot be changed. An allocator that caches gives the same few addresses
+    // again and again, as in the steps of a training, so the last packs are kept.
+    const Descriptor& pack(const Addresses& addresses) {
+        const auto known = std::find_if(packs_.begin(), packs_.end(), [&](const auto& each) {
+            return each && each->first == addresses;
+        });
+        if (known != packs_.end()) return (*known)->second;
         Descriptor made(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR);
         made.set(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, uids_);
         made.set_raw(CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR,
                      static_cast<std::int64_t>(uids_.size()), addresses.data());
         made.set_raw(CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, &addresses.back());
         made.finalize();
-        pack_.emplace(std::move(made));
-        packed_ = addresses;
+        return packs_[next_pack_++ % packs_.size()].emplace(addresses, std::move(made)).second;
     }
 
     static void* address(Uid uid, const Pointers& pointers) {
@@ -148,8 +150,8 @@ class GraphPlan final : public Plan {
 
     std::int64_t device_;
     Descriptor plan_;
-    std::optional<Descriptor> pack_;
-    Addresses packed_{};
+    std::array<std::optional<std::pair<Addresses, Descriptor>>, kept_packs> packs_;
+    std::size_t next_pack_ = 0;
     std::vector<std::int64_t> uids_;
     std::vector<std::string> notes_;
     bool compiles_ = false;
