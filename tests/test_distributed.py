@@ -86,7 +86,7 @@ from types import SimpleNamespace
 
 import pytest, torch, torch.distributed as dist
 from fake_cudnn import FakeEngine, FakeResult, StoredCore, X, compute, real_problem
-from test_claim import select, slow_times
+from test_claim_measured import select, slow_times
 
 dist.init_process_group("gloo")
 patch = pytest.MonkeyPatch()
