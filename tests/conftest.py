@@ -1,10 +1,9 @@
-"""Options, the header, parts, skipping without a GPU, stores of a test's own, clean switches."""
+"""Options, the header, parts, skipping without a GPU, clean switches; stores: store_fixtures.py."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,24 @@ import torch
 from torch import Tensor
 
 import dgrad
-from dgrad import _folders, _ops, log, measure, store
+from dgrad import _fallback, _ops, log, measure
 from dgrad import config as dgrad_config
 from dgrad._layers import DIRECTIONS
 from dgrad.bench import environment
-from dgrad.config import PROVIDERS
-from fake_cudnn import Start, starting
+from dgrad.config import PROVIDERS, Policy
+from dgrad.selection import Selection
 from gpu_record import Record
-from reference import Case, pytorch_tf32, random_case, set_pytorch_tf32
-from stored import HERE
+
+pytest_plugins = ["store_fixtures"]
+# Before they are imported: then a failing assert says what it compared, as in a test.
+pytest.register_assert_rewrite(
+    "claims", "core_problem", "fake_cudnn", "fake_device", "gpu_cases", "kernels", "pretended",
+    "reference", "same", "stored",
+)  # fmt: skip
+
+from fake_cudnn import Start, starting  # noqa: E402
+from fake_device import Device  # noqa: E402
+from reference import Case, pytorch_tf32, random_case, set_pytorch_tf32  # noqa: E402
 
 _DEFAULT_SEED = 20260117
 _MEASURE_BUDGET_S = 0.004  # of a problem
@@ -155,22 +163,6 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return lines
 
 
-@pytest.fixture(autouse=True)
-def _no_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's own store; those of the store name a folder."""
-    monkeypatch.setenv("DGRAD_STORE", "off")
-
-
-@pytest.fixture
-def own_store(_no_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A store of the test's own, and nothing known of any problem."""
-    monkeypatch.setenv("DGRAD_STORE", str(tmp_path / "store"))
-    monkeypatch.delenv("DGRAD_LOG_FILE", raising=False)
-    dgrad.plan_cache.clear()
-    yield tmp_path / "store"
-    dgrad.plan_cache.clear()
-
-
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Let a cuDNN that is pretended answer; see fake_cudnn.py."""
@@ -178,28 +170,9 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 
 @pytest.fixture
-def store_root(_no_store: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of the test's own for a GPU that is made up; nothing of the user's can be reached."""
-    root = tmp_path / "store"
-    for variable in ("HOME", "XDG_CACHE_HOME"):
-        monkeypatch.setenv(variable, str(tmp_path / variable))
-    monkeypatch.setenv("DGRAD_STORE", str(root))
-    monkeypatch.setattr(_folders, "folder_name", lambda device: HERE)
-    monkeypatch.setattr(log, "_warned", {})
-    monkeypatch.setattr(store, "_swept", set())
-    return root
-
-
-@pytest.fixture
-def warnings_of_store(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    def texts() -> list[str]:
-        return [
-            record.getMessage()
-            for record in caplog.records
-            if record.name == "dgrad" and record.levelno >= logging.WARNING
-        ]
-
-    return texts
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A GPU that is pretended, for what measures; see fake_device.py."""
+    return Device(monkeypatch)
 
 
 @pytest.fixture
@@ -236,6 +209,19 @@ def _switches_as_before() -> Iterator[None]:
     dgrad.plan_cache.max_size = max_size
 
 
+@pytest.fixture
+def restored_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No flag is set before the test, and PyTorch's switches are as before after it."""
+    defaults = dgrad_config.Flags()
+    monkeypatch.setattr(dgrad_config, "_base", defaults)
+    monkeypatch.setattr(dgrad_config, "_flags", defaults)
+    deterministic = torch.backends.cudnn.deterministic
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(algorithms)
+
+
 @pytest.fixture(autouse=True)
 def _chosen_fast(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _switches_as_before: None
@@ -246,6 +232,79 @@ def _chosen_fast(
         algorithm = dict.fromkeys(DIRECTIONS, provider) if provider else None
         dgrad.set_flags(measure_budget=_MEASURE_BUDGET_S, algorithm=algorithm)
         monkeypatch.setattr(measure, "_AHEAD", 2)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine, waking other threads for thousands of tiny operators takes minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nothing_said_yet() -> Iterator[None]:
+    """No reason for PyTorch's operator was said, and no call is known."""
+    log._told.clear()
+    dgrad.plan_cache.clear()
+    yield
+    log._told.clear()
+    dgrad.plan_cache.clear()
+
+
+@pytest.fixture
+def strict_and_never_pytorch() -> Iterator[None]:
+    with dgrad.flags(allow_tf32=False, fallback="error"):
+        yield
+
+
+@pytest.fixture
+def directions_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The directions that run from now on, in their order."""
+    run, directions = _fallback.run, []
+
+    def spy(direction: str, *arguments: Any) -> Tensor:
+        directions.append(direction)
+        return run(direction, *arguments)
+
+    monkeypatch.setattr(_fallback, "run", spy)
+    return directions
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled, and no reason for PyTorch's operator was said."""
+    torch._dynamo.reset()
+    log._told.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def selections(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Selection]]:
+    """All new selections of the test, in order; what earlier tests chose is forgotten."""
+    made: list[Selection] = []
+    tell = log.selected
+
+    def selected(selection: Selection, policy: Policy) -> None:
+        made.append(selection)
+        tell(selection, policy)
+
+    monkeypatch.setattr(log, "selected", selected)
+    dgrad.plan_cache.clear()
+    # Which candidate runs is then cuDNN's order alone, whatever measuring would say.
+    with dgrad.flags(selection="heuristic"):
+        yield made
+    dgrad.plan_cache.clear()
+
+
+@pytest.fixture
+def nothing_known() -> None:
+    """No call is known, the tensors are the same in each run, and PyTorch never runs instead."""
+    torch.manual_seed(0)
+    dgrad.plan_cache.clear()
+    dgrad.set_flags(fallback="error")
 
 
 @pytest.fixture

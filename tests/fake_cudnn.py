@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +45,10 @@ class FakeProblem:
     bias: bool = False
     alignment: int = 16
     device: int = 0
+
+
+STRICT = FakeProblem(tf32=False)  # asks cuDNN's legacy heuristic once
+STRICT_BIASED = replace(STRICT, bias=True)
 
 
 @dataclass

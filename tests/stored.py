@@ -49,7 +49,7 @@ CANDIDATES = [
     Candidate("graph", "engines+identity", "DEFAULT_MATH", False, 0, rejected="no such graph"),
 ]
 _ENGINE = Candidate("graph", "eng5_k2=3_k24=0", "TENSOR_OP_MATH", True, 512, 0.7, bias="eng1_k24=4")
-BIASED = [
+WITH_BIAS = [
     _ENGINE,
     replace(_ENGINE, time_ms=0.6, bias="fused"),
     replace(_ENGINE, time_ms=None, skipped=True, bias="add"),
@@ -57,12 +57,13 @@ BIASED = [
     replace(CANDIDATES[0], time_ms=0.9, bias="add"),
     replace(CANDIDATES[6], algorithm="engines", bias="fused"),
 ]
+FIRST = ("candidates", 0)  # where it is in an entry
 
 
 def written(root: Path, problem: Any = None) -> Path:
     """Store an entry and give its file."""
     problem = problem or make_problem()
-    store.write(problem, BIASED if problem.bias else CANDIDATES)
+    store.write(problem, WITH_BIAS if problem.bias else CANDIDATES)
     return root / HERE / _stored.file_name(problem)
 
 

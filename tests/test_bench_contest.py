@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from bench_layers import SMALL
 from dgrad.bench import _process, contest
 from dgrad.bench.contest import Contest, ContestError, Settings
 from dgrad.bench.suite import cases
 from dgrad.cli import main
-from test_bench_suite import SMALL
 
 
 @pytest.fixture

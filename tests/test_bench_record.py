@@ -1,4 +1,4 @@
-"""The records of bench, its plot and its arguments, with contestants that are pretended."""
+"""The records of bench and its plot, with contestants that are pretended."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import dgrad
+from bench_layers import SMALL
 from dgrad import _cli_bench
 from dgrad.bench.contest import Settings
 from dgrad.bench.record import Record, RecordError
 from dgrad.bench.suite import Case, cases
 from dgrad.cli import main
-from test_bench_suite import SMALL
 
 MACHINE: dict[str, Any] = {
     "device": "a GPU",
@@ -277,80 +277,3 @@ def test_without_matplotlib_the_extra_is_named_before_the_run(
     assert bench("--plot", "out.png")[0] == 2
     assert "pip install 'dgrad[plot]'" in capsys.readouterr().err
     assert pretended.ran == []
-
-
-# --- what is refused ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("[]", "the list is empty"),
-        ("no layers", "expected a JSON list of layers"),
-        ([1], "entry 1: expected a layer, not 1"),
-        ([SMALL[0], {"N": 1}], "entry 2: the layer lacks C_in, H, W, C_out, kernel"),
-        ([SMALL[0] | {"groups": 3}], "entry 1 (net/up1): out_channels is 8"),
-        ([SMALL[0] | {"kernel": "3"}], "kernel is '3', expected an integer"),
-        ([SMALL[0], SMALL[0]], "the name 'net/up1' occurs twice"),
-        (json.dumps(SMALL[0]) + "\n{", "line 2: expected a layer, not not JSON"),
-    ],
-)
-def test_a_malformed_suite_is_refused(
-    content: Any, words: str, file: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "--suite", file(content)]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("bench: ")
-    assert words in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--suite", "no_such_file"], "no_such_file: no such file"),
-        (["--suite", __file__], "expected a layer"),
-        (["--only", "("], "'(' is no regular expression"),
-        (["--only", "no such layer"], "no layer of layers matches 'no such layer'"),
-        (["--dtype", "float32,int8"], "--dtype: 'int8': expected of float32, "),
-        (["--layout", "chwn"], "--layout: 'chwn': expected of nchw, nhwc"),
-        (["--against", "torch,"], "--against: '': expected of torch, torch-benchmark"),
-        (["--direction", "wgrad"], "--direction"),
-        (["--rounds", "0"], "--rounds: '0': expected a positive integer"),
-        (["--seconds", "soon"], "--seconds: 'soon': expected a positive integer"),
-        (["--json", "no/such/folder/out.json"], "out.json: there is no such folder"),
-        (["--plot", "no/such/folder/out.png"], "out.png: there is no such folder"),
-        (["--plot", "out.docx"], "out.docx: expected a name that ends in one of ."),
-        (["--resume"], "--resume goes on with the FILE of --json"),
-        (["--from", "no_such_file"], "no_such_file: No such file"),
-    ],
-)
-def test_a_wrong_argument_is_named(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if "--plot" in arguments:
-        pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra 'plot'")
-    try:
-        code: object = main(["bench", *arguments])
-    except SystemExit as exit_:
-        code = exit_.code
-    assert code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert words in err
-
-
-def test_without_a_gpu_the_reason_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(dgrad, "unavailable_reason", lambda: "there is no such thing")
-    assert main(["bench"]) == 3
-    expected = "bench: dgrad cannot run on a GPU here: there is no such thing\n"
-    assert capsys.readouterr() == ("", expected)
-
-
-def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["bench", "--help"])
-    assert caught.value.code == 0
-    assert "exit codes:\n  0  " in capsys.readouterr().out

@@ -12,28 +12,11 @@ import torch.nn.functional as F
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+from bench_layers import KERNELBENCH, SMALL
 from dgrad._layers import Layer
 from dgrad.bench import roofline
 from dgrad.bench.suite import Case, cases
-from test_kernelbench_files import _EXPECTED
 
-SMALL = [
-    {"name": "net/up1", "N": 2, "C_in": 8, "H": 9, "W": 9, "C_out": 8, "kernel": [3, 5]},
-    {
-        "name": "net/up2",
-        "N": 1,
-        "C_in": 4,
-        "H": 5,
-        "W": 6,
-        "C_out": 4,
-        "kernel": 4,
-        "stride": 2,
-        "padding": [1, 1],
-        "groups": 2,
-        "bias": True,
-        "source": "a paper",
-    },
-]
 CEILINGS = {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": {"float32": 1e12, "float16": 2e12}}
 
 
@@ -50,8 +33,8 @@ def test_the_layers_are_89_and_each_has_a_source() -> None:
 
 def test_the_kernelbench_suite_has_the_sizes_of_the_seven_problems() -> None:
     found = {case.name: case for case in cases("kernelbench")}
-    assert found.keys() == {f"kb{number}" for number in _EXPECTED}
-    for number, (x, w, stride, padding, dilation, groups, y) in _EXPECTED.items():
+    assert found.keys() == {f"kb{number}" for number in KERNELBENCH}
+    for number, (x, w, stride, padding, dilation, groups, y) in KERNELBENCH.items():
         case = found[f"kb{number}"]
         layer = Layer(x, y[1], w[2:], stride, padding, (0, 0), dilation, groups)
         assert case.layer == layer

@@ -1,119 +1,28 @@
-"""Claims: of several processes one measures a problem, and none waits for it for ever.
+"""Claims: of several processes one at a time is inside, and what a claim leaves in the store.
 
-All of it runs on the CPU: processes are forked, and what they would time is pretended.
+All of it runs on the CPU: processes are forked, and the GPU is pretended.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
 import dgrad
-from dgrad import _claim, _loader, config, log, store
-from fake_cudnn import (
-    real_problem,
-)
+from claims import LONG_S, MARKS, SHORT_S, Child, held_elsewhere, hold, locks, waited_s
+from dgrad import _claim, store
+from fake_cudnn import real_problem
 
-_CORE, _REASON = _loader.load()
-pytestmark = [
-    pytest.mark.skipif(_CORE is None, reason=str(_REASON)),
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-]
-
-USUAL_S = _claim.WAIT_S
-SHORT_S = 0.2  # a wait that ends; the others are to end before
-LONG_S = 60.0
-
-
-@pytest.fixture(autouse=True)
-def folder(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the store that a pretended GPU has."""
-    properties = SimpleNamespace(name="NVIDIA Pretended 1", major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(_claim, "WAIT_S", LONG_S)
-    monkeypatch.setattr(_claim, "_in_vain", set())
-    monkeypatch.setattr(log, "_warned", {})
-    return own_store / f"NVIDIA-Pretended-1_sm90_cudnn-{_loader.cudnn_version()}_v3"
-
-
-def locks(folder: Path) -> list[Path]:
-    return [*folder.glob(".*.lock")]
-
-
-class Child:
-    """A process that runs ``work`` with a function that says words to this one."""
-
-    def __init__(self, work: Callable[[Callable[[str], None]], object]) -> None:
-        self._read, write = os.pipe()
-
-        def say(word: str) -> None:
-            os.write(write, word.encode() + b"\n")
-
-        self.id = os.fork()
-        if self.id == 0:
-            status = 1
-            try:
-                work(say)
-                status = 0
-            finally:
-                os._exit(status)
-        os.close(write)
-
-    def hear(self) -> str:
-        """The next word."""
-        word = b""
-        while not word.endswith(b"\n"):
-            more = os.read(self._read, 1)
-            assert more, f"the process ended after {word!r}"
-            word += more
-        return word.decode().strip()
-
-    def kill(self) -> None:
-        os.kill(self.id, signal.SIGKILL)
-        os.waitpid(self.id, 0)
-        os.close(self._read)
-
-    def wait(self) -> int:
-        """Its exit code."""
-        os.close(self._read)
-        return os.waitstatus_to_exitcode(os.waitpid(self.id, 0)[1])
-
-
-def hold(say: Callable[[str], None], of: Any = None) -> None:
-    with store.claim(of or real_problem()):
-        say("held")
-        time.sleep(LONG_S)
-
-
-@contextmanager
-def held_elsewhere(of: Any = None) -> Iterator[Child]:
-    """A process that has the claim of a problem, and keeps it."""
-    child = Child(lambda say: hold(say, of))
-    assert child.hear() == "held"
-    try:
-        yield child
-    finally:
-        child.kill()
-
-
-def waited_s(of: Any = None) -> float:
-    """How long it takes to get in."""
-    begin = time.monotonic()
-    with store.claim(of or real_problem()):
-        return time.monotonic() - begin
+pytestmark = MARKS
 
 
 # --- one at a time ------------------------------------------------------------------------------
@@ -235,103 +144,6 @@ def test_an_error_inside_is_passed_on_and_ends_the_claim(folder: Path) -> None:
             raise error
         assert locks(folder) == []
         assert waited_s() < SHORT_S
-
-
-# --- no wait without an end ---------------------------------------------------------------------
-
-
-def test_a_wait_has_an_end_and_a_process_waits_in_vain_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(_claim, "WAIT_S", SHORT_S)
-    with held_elsewhere(), held_elsewhere(real_problem(4)):
-        assert SHORT_S <= waited_s() < LONG_S / 2
-        assert waited_s() < SHORT_S
-        assert waited_s(real_problem(4)) < SHORT_S
-
-
-def test_the_usual_wait_is_longer_than_measuring_and_not_long() -> None:
-    policy = config.policy(dgrad.Flags(selection="measure"))
-    assert 10 * policy.measure_budget < USUAL_S <= 30
-
-
-def test_who_did_not_wait_to_the_end_leaves_the_claim_to_its_holder(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_claim, "WAIT_S", 0.0)
-    with held_elsewhere():
-        waited_s()
-        assert len(locks(folder)) == 1
-        monkeypatch.setattr(_claim, "_in_vain", set())
-        monkeypatch.setattr(_claim, "WAIT_S", SHORT_S)
-        assert waited_s() >= SHORT_S
-
-
-def test_a_wait_lets_other_threads_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_claim, "WAIT_S", SHORT_S)
-    turns = 0
-    with held_elsewhere():
-        thread = threading.Thread(target=waited_s)
-        thread.start()
-        while thread.is_alive():
-            turns += 1
-            time.sleep(0.001)
-        thread.join()
-    assert turns > 20
-
-
-def test_where_the_store_is_off_nobody_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with held_elsewhere():
-        monkeypatch.setenv("DGRAD_STORE", "off")
-        assert waited_s() < SHORT_S
-
-
-@pytest.mark.parametrize(
-    "error", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ELOOP, errno.ESTALE]
-)
-def test_where_the_folder_cannot_be_written_nobody_waits(
-    error: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = os.open
-
-    def failing(path: Any, *arguments: Any) -> int:
-        if str(path).endswith(".lock"):
-            raise OSError(error, os.strerror(error), str(path))
-        return real(path, *arguments)
-
-    with held_elsewhere():
-        monkeypatch.setattr(os, "open", failing)
-        assert waited_s() < SHORT_S
-
-
-@pytest.mark.parametrize("path", ["/proc/none", "/dev/null/none", "/" + "x" * 300])
-def test_where_no_folder_can_be_nobody_waits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DGRAD_STORE", path)
-    with held_elsewhere():
-        assert waited_s() < SHORT_S
-
-
-@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
-def test_where_the_file_system_has_no_locks_nobody_waits(
-    error: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def flock(descriptor: int, operation: int) -> None:
-        raise OSError(error, os.strerror(error))
-
-    descriptors = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(fcntl, "flock", flock)
-    for _ in range(3):
-        assert waited_s() < SHORT_S
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-
-
-def test_a_folder_of_another_user_holds_no_claim(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    with store.claim(real_problem()):
-        assert [*folder.iterdir()] == []
 
 
 # --- what lies in the store ---------------------------------------------------------------------

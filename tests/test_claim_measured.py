@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,26 +11,20 @@ from typing import Any
 import pytest
 
 import dgrad
-from dgrad import _claim, _measuring, _runner, config, store
-from dgrad._runner import Runner
-from dgrad._watch import watching
+from claims import MARKS, SHORT_S, TIMES, Child, held_elsewhere, select, slow_times
+from dgrad import _claim, _runner, store
 from fake_cudnn import (
-    FakeCore,
     FakeEngine,
     FakeResult,
     StoredCore,
-    W,
     X,
-    Y,
     compute,
     fake_times,
     names,
     real_problem,
 )
-from test_claim import LONG_S, SHORT_S, Child, folder, held_elsewhere  # noqa: F401
-from test_claim import pytestmark as pytestmark
 
-TIMES: dict[str, float | None] = {"convolution:eng1": 5.0, "convolution:eng2": 4.0, "ALGO_1": 3.0}
+pytestmark = MARKS
 
 
 @pytest.fixture
@@ -43,35 +36,9 @@ def core(monkeypatch: pytest.MonkeyPatch) -> StoredCore:
     return core
 
 
-def slow_times(
-    core: FakeCore, monkeypatch: pytest.MonkeyPatch, log_file: Path, seconds: float
-) -> list[list[str]]:
-    """As fake_times, and so many seconds each; each measuring of any process is a line."""
-    measured = fake_times(core, monkeypatch, TIMES)
-    quick: Any = vars(_measuring)["measure"]
-
-    def measure(*arguments: Any) -> None:
-        with log_file.open("a") as lines:
-            lines.write(f"{os.getpid()}\n")
-        time.sleep(seconds)
-        quick(*arguments)
-
-    monkeypatch.setattr(_measuring, "measure", measure)
-    return measured
-
-
-def select(of: Any = None, **flags: Any) -> dgrad.Selection:
-    policy = config.policy(dgrad.Flags(**{"selection": "measure", **flags}))
-    with watching() as events:
-        Runner(of or real_problem(), policy).run(X, W, Y)
-    (selection,) = events
-    assert isinstance(selection, dgrad.Selection)
-    return selection
-
-
 def test_processes_that_meet_a_problem_at_once_measure_it_once(
     core: StoredCore,
-    request: pytest.FixtureRequest,
+    folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -94,7 +61,7 @@ def test_processes_that_meet_a_problem_at_once_measure_it_once(
         assert heard == ["measured legacy:ALGO_1 (FMA_MATH)", stored, stored, stored]
     assert [child.wait() for child in children] == [0] * 4
     assert len((tmp_path / "measured").read_text().splitlines()) == 3
-    assert len(store.list()) == len([*request.getfixturevalue("folder").iterdir()]) == 3
+    assert len(store.list()) == len([*folder.iterdir()]) == 3
 
 
 def test_two_gpus_of_one_name_in_one_process_measure_once(

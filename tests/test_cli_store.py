@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import dgrad
 from dgrad import store
 from dgrad.cli import main
 from pretended import problem, selection
 
-
-@pytest.fixture(autouse=True)
-def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("DGRAD_STORE", str(tmp_path / "store"))
-    monkeypatch.delenv("DGRAD_LOG_FILE", raising=False)
-    dgrad.plan_cache.clear()
-    yield
-    dgrad.plan_cache.clear()
+pytestmark = pytest.mark.usefixtures("own_store")
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -34,13 +24,8 @@ def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def stored(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A store with one entry, as a GPU of this name would have written it."""
-
-    class Properties:
-        name, major, minor = "NVIDIA Pretended 1", 9, 0
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+def stored(folder: Path) -> Any:
+    """A store with one entry, as a pretended GPU would have written it."""
     store.write(problem(), selection(problem()).candidates)
     assert len(store.list()) == 1
     return problem()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -17,20 +17,13 @@ from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
 import dgrad
-from dgrad import _compiled, log
+from dgrad import _compiled
+from operands import compiles
 
-compiles = pytest.mark.skipif(
-    torch.__version__ < "2.7", reason="PyTorch's operator runs before 2.7"
-)
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    log._told.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("fresh_compiler"),
+]
 
 
 # --- how many graphs ----------------------------------------------------------------------------

@@ -144,7 +144,8 @@ class Found(nn.ConvTranspose2d):
 
 def test_a_layer_that_finds_its_weight_in_another_way_keeps_its_values() -> None:
     model = nn.Sequential(Halved(3, 3, 3, stride=2), Found(3, 3, 2), nn.ConvTranspose2d(3, 2, 3))
-    nn.init.normal_(model[0]._parameters["weight"])
+    for layer, name in ((model[0], "weight"), (model[1], "bias")):
+        nn.init.normal_(layer._parameters[name])  # PyTorch has drawn those of a copy
     for name in ("weight", "bias"):
         model[2].__dict__[name] = 2 * model[2]._parameters[name].detach()
     expected = model(EXAMPLE)

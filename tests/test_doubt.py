@@ -10,14 +10,13 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import dgrad
-from dgrad import _loader, config, log, store
+from dgrad import _loader, config, store
 from dgrad._call import call_for
 from dgrad._check import WRONG
 from dgrad._geometry import Geometry
@@ -55,13 +54,10 @@ class StoredCore(FakeCore):
 
 
 @pytest.fixture(autouse=True)
-def core(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> StoredCore:
+def core(folder: Path, monkeypatch: pytest.MonkeyPatch) -> StoredCore:
     native, reason = _loader.load()
     if native is None:
         pytest.skip(f"the native module cannot be used: {reason}")
-    properties = SimpleNamespace(name="NVIDIA Pretended 1", major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(log, "_warned", {})
     core = StoredCore(FakeResult("ALGO_1", "FMA_MATH", workspace_bytes=100))
     core.asked = []
     core.engines = {"convolution": [FakeEngine("eng1"), FakeEngine("eng2", ["NONDETERMINISTIC"])]}

@@ -20,9 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dgrad
 from dgrad import log
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-on_each_device = pytest.mark.parametrize("device", DEVICES)
+from operands import on_each_device
 
 
 def models(device: str) -> tuple[nn.Module, nn.Module, Tensor]:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,28 +19,9 @@ from dgrad import _compiled, _loader, log
 from dgrad._autograd import convolution
 from dgrad._geometry import Geometry
 from dgrad._watch import watching
+from fallbacks import BIAS, W, X, run_python
 
-X = torch.linspace(-1, 1, 2 * 4 * 3 * 3).reshape(2, 4, 3, 3)
-W = torch.linspace(-1, 1, 4 * 2 * 3 * 3).reshape(4, 2, 3, 3)
-BIAS = torch.tensor([1.0, -2.0])
-
-
-@pytest.fixture(autouse=True)
-def nothing_said_yet() -> Iterator[None]:
-    log._told.clear()
-    dgrad.plan_cache.clear()
-    yield
-    log._told.clear()
-    dgrad.plan_cache.clear()
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment},
-        capture_output=True,
-        text=True,
-    )
+pytestmark = pytest.mark.usefixtures("nothing_said_yet")
 
 
 def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 import dgrad
 from dgrad import _loader, functional
-from test_fallback import BIAS, PLAIN, W, X, nothing_said_yet  # noqa: F401
+from fallbacks import BIAS, W, X
+
+pytestmark = pytest.mark.usefixtures("nothing_said_yet")
 
 
 @pytest.mark.parametrize(

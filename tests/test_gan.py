@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dgrad
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS, LATE, BATCH, NOISE, SIZE = 60, 20, 8, 8, 16
 FIRST_SCALE = 1024.0
@@ -31,15 +33,6 @@ SETTINGS = [
 in_each_setting = pytest.mark.parametrize(
     ("device", "dtype"), SETTINGS, ids=lambda value: str(value).removeprefix("torch.")
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On the CPU the threads of such tiny layers would but wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache

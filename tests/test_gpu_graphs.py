@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import dgrad
 from dgrad._knowledge import knowledge_of
+from gpu_layers import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store"), pytest.mark.seconds(2)]
 
@@ -36,10 +37,6 @@ def models() -> tuple[nn.Sequential, nn.Sequential]:
     converted = copy.deepcopy(plain)
     assert len(dgrad.convert(converted)) == 3
     return plain.double(), converted
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
 
 
 def chosen() -> dict[str, str]:

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 import dgrad
+from gpu_cases import UPSAMPLING, forward
 from reference import Arguments, Case, arguments, results
-from test_gpu_runtime import _GIB, _MIB, PLAIN, _strict_and_never_pytorch, check, forward  # noqa: F401
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("strict_and_never_pytorch")]
+
+_MIB = 2**20
+_GIB = 2**30
 
 
 def need_memory(count_bytes: int) -> None:
@@ -138,14 +141,14 @@ def test_host_memory_is_bounded_over_many_shapes() -> None:
 
 
 def test_device_memory_returns_to_the_allocator() -> None:
-    given = arguments(PLAIN)
-    results(dgrad.conv_transpose2d, PLAIN, given)
+    given = arguments(UPSAMPLING)
+    results(dgrad.conv_transpose2d, UPSAMPLING, given)
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for layout in ("nchw", "channels_last", "slice"):
         for precision in ("tf32", "float16"):
-            case = replace(PLAIN, layout=layout, precision=precision, dilation=(3, 1))
+            case = replace(UPSAMPLING, layout=layout, precision=precision, dilation=(3, 1))
             with dgrad.flags(allow_tf32=True):
                 results(dgrad.conv_transpose2d, replace(case, output_padding=(2, 1)), _fresh(case))
     gc.collect()
@@ -157,8 +160,8 @@ def _fresh(case: Case) -> Arguments:
 
 
 def test_an_error_holds_no_device_memory() -> None:
-    given = arguments(PLAIN)
-    forward(PLAIN, given)
+    given = arguments(UPSAMPLING)
+    forward(UPSAMPLING, given)
     gc.collect()
     before = torch.cuda.memory_allocated()
     for _ in range(3):
@@ -166,6 +169,6 @@ def test_an_error_holds_no_device_memory() -> None:
             dgrad.flags(algorithm="legacy:ALGO_99"),
             pytest.raises(dgrad.NotSupportedError),
         ):
-            forward(PLAIN, given)
+            forward(UPSAMPLING, given)
     gc.collect()
     assert torch.cuda.memory_allocated() == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,41 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dgrad
+from gpu_ready import NATIVE, tensors, used
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
-        reason="this PyTorch has no C exchange table of DLPack",
-    ),
-]
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch.manual_seed(0)
-    dgrad.plan_cache.clear()
-    dgrad.set_flags(fallback="error")
-
-
-def tensors(
-    x: tuple[int, ...] = (2, 8, 9, 9), w: tuple[int, ...] = (8, 6, 3, 3), **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = options.pop("groups", 1)
-    return (
-        torch.randn(x, device="cuda", **options),
-        torch.randn(w, device="cuda", **options) / 8,
-        torch.randn(w[1] * groups, device="cuda", **options),
-    )
-
-
-def used(call: Callable[[], object]) -> int:
-    """How many native runs a call makes: each is a hit that no Python entry counts."""
-    ready = dgrad.plan_cache.ready
-    before = 0 if ready is None else ready.hits
-    call()
-    ready = dgrad.plan_cache.ready
-    return (0 if ready is None else ready.hits) - before
+pytestmark = NATIVE
 
 
 def assert_right(output: Tensor, *arguments: Any, **options: Any) -> None:
@@ -191,102 +158,6 @@ def test_uses_and_hits_are_counted() -> None:
     assert (dgrad.plan_cache.hits, dgrad.plan_cache.misses) == (0, 0)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_recorded_calls_have_the_same_gradients(bias: bool) -> None:
-    given = [t.requires_grad_() for t in tensors()]
-    x, w, b = given if bias else (*given[:2], None)  # type: ignore[misc]
-    leaves = [t for t in (x, w, b) if t is not None]
-    grad = torch.randn(2, 6, 19, 19, device="cuda")
-
-    def step() -> list[Tensor]:
-        y = dgrad.conv_transpose2d(x, w, b, 2)
-        return [y, *torch.autograd.grad(y, leaves, grad, create_graph=True)]
-
-    first = step()
-    again: list[Tensor] = []
-    assert used(lambda: again.extend(step())) == 1
-    doubled = [t.detach().double().requires_grad_() for t in leaves]
-    y = F.conv_transpose2d(*doubled, stride=2)
-    wanted = [y, *torch.autograd.grad(y, doubled, grad.double())]
-    for found in (first, again):
-        for each, right in zip(found, wanted, strict=True):
-            torch.testing.assert_close(each.double(), right, rtol=1e-2, atol=1e-2)
-    # Through the gradients again.
-    sum(g.square().sum() for g in again[1:3]).backward()  # type: ignore[union-attr]
-    assert all(t.grad is not None for t in leaves[:2])
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_run_in_native_code_too(
-    dtype: torch.dtype, layout: torch.memory_format, bias: bool
-) -> None:
-    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-2
-
-    def run(check: Callable[[Callable[[], list[Tensor]]], list[Tensor]]) -> None:
-        x, w, b = tensors(dtype=dtype)
-        x, w = (t.to(memory_format=layout) for t in (x, w))
-        leaves = [t.requires_grad_() for t in ((x, w, b) if bias else (x, w))]
-        grad = torch.randn(2, 6, 17, 17, device="cuda", dtype=dtype).to(memory_format=layout)
-
-        def gradients(function: Callable[..., Tensor], of: list[Tensor], at: Tensor) -> Any:
-            y = function(of[0], of[1], of[2] if bias else None, 2, 1)
-            return torch.autograd.grad(y, of, at)
-
-        found = check(lambda: gradients(dgrad.conv_transpose2d, leaves, grad))
-        exact = [t.detach().double().requires_grad_() for t in leaves]
-        wanted = gradients(F.conv_transpose2d, exact, grad.double())
-        as_pytorch = gradients(F.conv_transpose2d, leaves, grad)
-        for each, right, theirs in zip(found, wanted, as_pytorch, strict=True):
-            error = float((each.double() - right).norm() / right.norm())
-            assert error < tolerance, error
-            assert each.stride() == theirs.stride()
-
-    def counted(step: Callable[[], list[Tensor]]) -> list[Tensor]:
-        found: list[Tensor] = []
-        assert used(lambda: found.extend(step())) == 3
-        return found
-
-    run(lambda step: step())
-    run(counted)  # other values at other addresses
-    run(counted)
-
-
-def test_gradients_of_equal_sizes_and_another_geometry_are_told_apart() -> None:
-    x, w, _ = (t.requires_grad_() for t in tensors((2, 8, 2, 2), (8, 6, 2, 2)))
-    grad = torch.randn(2, 6, 5, 5, device="cuda")
-    for _ in range(3):
-        for output_padding, dilation in ((1, 1), (0, 2)):
-            found = []
-            for function, of in (
-                (dgrad.conv_transpose2d, (x, w)),
-                (F.conv_transpose2d, tuple(t.detach().double().requires_grad_() for t in (x, w))),
-            ):
-                y = function(*of, None, 2, 0, output_padding, 1, dilation)
-                found.append(torch.autograd.grad(y, of, grad.to(y.dtype)))
-            for each, right in zip(*found, strict=True):
-                torch.testing.assert_close(each.double(), right, rtol=1e-2, atol=1e-2)
-
-
-def test_flags_of_the_backward_pass_are_part_of_the_call() -> None:
-    x, w, _ = (t.requires_grad_() for t in tensors((4, 64, 32, 32), (64, 64, 3, 3)))
-    y = dgrad.conv_transpose2d(x, w)
-    grad = torch.randn_like(y)
-    exact = [t.detach().double().requires_grad_() for t in (x, w)]
-    wanted = torch.autograd.grad(F.conv_transpose2d(*exact), exact, grad.double())
-
-    def errors() -> list[float]:
-        for _ in range(3):
-            found = torch.autograd.grad(y, (x, w), grad, retain_graph=True)
-        return [float((f - r).norm() / r.norm()) for f, r in zip(found, wanted, strict=True)]
-
-    with dgrad.flags(algorithm={"fprop": "graph", "wgrad": "graph"}, selection="heuristic"):
-        errors()
-    with dgrad.flags(allow_tf32=False):
-        assert max(errors()) < 1e-5
-
-
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # PyTorch 2.11's own
 def test_a_profiler_sees_each_call_and_what_was_selected() -> None:
     x, w, _ = (t.requires_grad_() for t in tensors())
@@ -303,19 +174,6 @@ def test_a_profiler_sees_each_call_and_what_was_selected() -> None:
     chosen = sorted(f"dgrad::{s.problem.direction} {s.candidate}" for s, _ in dgrad.selections())
     assert ranges == chosen
     assert len(ranges) == 3
-
-
-def test_a_graph_is_freed_without_the_garbage_collector() -> None:
-    x, w, b = (t.requires_grad_() for t in tensors())
-    dgrad.conv_transpose2d(x, w, b)
-    gc.disable()
-    try:
-        y = dgrad.conv_transpose2d(x, w, b)
-        node = weakref.ref(y.grad_fn)
-        del y
-        assert node() is None
-    finally:
-        gc.enable()
 
 
 def test_threads_and_streams_have_their_own() -> None:
@@ -363,11 +221,11 @@ def test_what_native_code_runs_is_not_forgotten_first() -> None:
     dgrad.plan_cache.clear()
     dgrad.plan_cache.max_size = 4
     w = torch.randn(4, 4, 2, 2, device="cuda")
-    used, *others = (torch.randn(n, 4, 3, 3, device="cuda") for n in range(1, 20))
-    dgrad.conv_transpose2d(used, w)
+    first, *others = (torch.randn(n, 4, 3, 3, device="cuda") for n in range(1, 20))
+    dgrad.conv_transpose2d(first, w)
     for x in others:
         before = dgrad.plan_cache.misses
-        dgrad.conv_transpose2d(used, w)
+        dgrad.conv_transpose2d(first, w)
         assert dgrad.plan_cache.misses == before
         dgrad.conv_transpose2d(x, w)
 

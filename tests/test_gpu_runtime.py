@@ -1,14 +1,9 @@
-"""Streams, graphs, threads, devices, memory, repeated calls and the end of the process."""
+"""Streams, graphs, threads, devices and repeated calls."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,172 +13,10 @@ from torch import Tensor
 
 import dgrad
 from dgrad import _loader
-from reference import Arguments, Case, arguments, assert_close, expected, pytorch, results
+from gpu_cases import UPSAMPLING, check, forward
+from reference import arguments, assert_close, expected, pytorch, results
 
-pytestmark = pytest.mark.gpu
-
-PLAIN = Case(n=2, c_in=16, c_out=16, size=(12, 12), stride=(2, 2), padding=(1, 1))
-_MIB = 2**20
-_GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def _strict_and_never_pytorch() -> Iterator[None]:
-    with dgrad.flags(allow_tf32=False, fallback="error"):
-        yield
-
-
-def forward(case: Case, given: Arguments) -> Tensor:
-    with torch.no_grad():
-        return dgrad.conv_transpose2d(given.input, given.weight, given.bias, **case.options)
-
-
-def check(case: Case, given: Arguments, found: dict[str, Tensor]) -> None:
-    wanted = expected(case, given)
-    for name, actual in found.items():
-        assert_close(actual, wanted[name], case.tolerance, f"{name} of {case}")
-
-
-# --- processes that end, and compare: started at once, because each takes seconds ----------------
-
-_USE = """
-import gc, threading
-import torch, dgrad
-
-def use(device="cuda"):
-    layer = dgrad.ConvTranspose2d(8, 8, 3, stride=2, device=device)
-    with dgrad.flags(fallback="error"):
-        y = layer(torch.randn(2, 8, 9, 9, device=device, requires_grad=True))
-        y.square().sum().backward()
-    assert layer.weight.grad.isfinite().all()
-    return layer, y
-"""
-_ENDINGS = {
-    "after use in the main thread": "use()",
-    "after import alone": "",
-    "with layer, output and graph kept in globals": "kept = use(); more = dgrad.plan_cache",
-    "after del and gc": "kept = use(); del kept; gc.collect(); dgrad.plan_cache.clear()",
-    "after a thread that ended": """
-        thread = threading.Thread(target=use)
-        thread.start()
-        thread.join()
-        """,
-    "with a daemon thread that is still alive": """
-        used = threading.Event()
-
-        def work():
-            kept = use()
-            used.set()
-            threading.Event().wait()
-
-        threading.Thread(target=work, daemon=True).start()
-        assert used.wait(60)
-        """,
-    "with PyTorch's cuDNN used before and after": """
-        x, w = torch.randn(2, 8, 9, 9, device="cuda"), torch.randn(8, 8, 3, 3, device="cuda")
-        torch.nn.functional.conv_transpose2d(x, w)
-        kept = use()
-        torch.nn.functional.conv2d(x, w)
-        """,
-    "with work still queued": """
-        layer = dgrad.ConvTranspose2d(64, 64, 3, device="cuda")
-        x = torch.randn(8, 64, 256, 256, device="cuda")
-        for _ in range(20):
-            y = layer(x)
-        """,
-    "with plans in a cache of its own": """
-        from dgrad import _call, planner
-        import dgrad.functional
-        use()
-        kept = dict(dgrad.plan_cache._entries)
-        import sys
-        sys.kept = kept
-        """,
-    "by an exception that is caught at the top": """
-        kept = use()
-        import sys
-        sys.exit(0)
-        """,
-}
-_MODEL = """
-import torch
-
-class Model(torch.nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.up = torch.nn.ConvTranspose2d(channels, 8, 4, stride=2, padding=1)
-
-    def forward(self, x):
-        return self.up(x)
-
-def get_inputs():
-    return [torch.rand(2, 8, 32, 32)]
-
-def get_init_inputs():
-    return [8]
-"""
-
-
-class Processes:
-    """Python processes that find the packages that this one finds."""
-
-    def __init__(self) -> None:
-        self._running: dict[str, subprocess.Popen[str]] = {}
-
-    def start(self, name: str, *words: str) -> None:
-        self._running[name] = subprocess.Popen(
-            [sys.executable, *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            text=True,
-        )
-
-    def finish(self, name: str) -> tuple[int, str, str]:
-        process = self._running[name]
-        out, err = process.communicate(timeout=180)
-        return process.returncode, out, err
-
-    def end(self) -> None:
-        for process in self._running.values():
-            process.kill()
-            process.communicate()
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    started = Processes()
-    for name, ending in _ENDINGS.items():
-        started.start(name, "-c", _USE + textwrap.dedent(ending))
-    model = tmp_path_factory.mktemp("compare") / "model.py"
-    model.write_text(_MODEL)
-    started.start("compare", "-m", "dgrad", "compare", str(model), "--json", "--budget", "0.2")
-    yield started
-    started.end()
-
-
-@pytest.mark.processes
-@pytest.mark.seconds(3)
-@pytest.mark.parametrize("ending", _ENDINGS)
-def test_the_process_ends_cleanly(ending: str, processes: Processes) -> None:
-    code, out, err = processes.finish(ending)
-    assert (code, out, err) == (0, "", "")
-
-
-@pytest.mark.processes
-@pytest.mark.seconds(8)
-def test_compare_runs_on_the_gpu(processes: Processes) -> None:
-    code, out, err = processes.finish("compare")
-    assert code == 0, err
-    told: dict[str, Any] = json.loads(out)
-    assert told["equal"] is True
-    assert told["max_abs_diff"] <= 1e-4
-    for name in ("pytorch_ms", "pytorch_benchmark_ms", "dgrad_ms", "ratio"):
-        assert told[name] > 0
-    best_ms = min(told["pytorch_ms"], told["pytorch_benchmark_ms"])
-    assert told["ratio"] == pytest.approx(best_ms / told["dgrad_ms"])
-    assert any("graph:" in line or "legacy:" in line for line in told["selected"])
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("strict_and_never_pytorch")]
 
 
 # --- streams ------------------------------------------------------------------------------------
@@ -191,10 +24,10 @@ def test_compare_runs_on_the_gpu(processes: Processes) -> None:
 
 def test_work_goes_to_the_current_stream() -> None:
     """The input gets its value late on this stream; who runs elsewhere reads the old one."""
-    given = arguments(PLAIN)
+    given = arguments(UPSAMPLING)
     value = given.input.detach().clone()
-    results(dgrad.conv_transpose2d, PLAIN, given)
-    wanted = expected(PLAIN, given)
+    results(dgrad.conv_transpose2d, UPSAMPLING, given)
+    wanted = expected(UPSAMPLING, given)
     stream = torch.cuda.Stream()
     with torch.no_grad():
         given.input.fill_(float("nan"))
@@ -203,17 +36,17 @@ def test_work_goes_to_the_current_stream() -> None:
         torch.cuda._sleep(200_000_000)  # about 0.1 s
         with torch.no_grad():
             given.input.copy_(value)
-        output = forward(PLAIN, given)
+        output = forward(UPSAMPLING, given)
         assert not stream.query(), "the sleep was too short to tell"
     stream.synchronize()
-    assert_close(output, wanted["output"], PLAIN.tolerance, "output on a side stream")
+    assert_close(output, wanted["output"], UPSAMPLING.tolerance, "output on a side stream")
 
 
 def test_streams_in_turn_and_their_gradients() -> None:
     streams = [torch.cuda.Stream() for _ in range(3)]
     for round_ in range(3):
         for index, stream in enumerate(streams):
-            case = replace(PLAIN, seed=10 * round_ + index)
+            case = replace(UPSAMPLING, seed=10 * round_ + index)
             given = arguments(case)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -234,7 +67,7 @@ def warm_up(work: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("precision", ["float32", "tf32", "float16", "bfloat16"])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_a_captured_graph_replays_with_new_values(layout: str, precision: str) -> None:
-    case = replace(PLAIN, precision=precision, layout=layout, weight_layout=layout)
+    case = replace(UPSAMPLING, precision=precision, layout=layout, weight_layout=layout)
     given = arguments(case)
     with dgrad.flags(allow_tf32=precision == "tf32"):
         warm_up(lambda: forward(case, given))
@@ -255,25 +88,25 @@ def test_a_captured_graph_replays_with_new_values(layout: str, precision: str) -
 
 
 def test_a_captured_training_step_replays() -> None:
-    given = arguments(PLAIN)
+    given = arguments(UPSAMPLING)
 
     def step() -> list[Tensor]:
-        return list(results(dgrad.conv_transpose2d, PLAIN, given).values())
+        return list(results(dgrad.conv_transpose2d, UPSAMPLING, given).values())
 
     warm_up(step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = step()
-    new = arguments(replace(PLAIN, seed=1))
+    new = arguments(replace(UPSAMPLING, seed=1))
     with torch.no_grad():
         given.input.copy_(new.input)
         given.grad_output.copy_(new.grad_output)
         for tensor in found:
             tensor.fill_(float("nan"))
     graph.replay()
-    wanted = expected(PLAIN, given)
+    wanted = expected(UPSAMPLING, given)
     for actual, name in zip(found, wanted, strict=True):
-        assert_close(actual, wanted[name], PLAIN.tolerance, f"replayed {name}")
+        assert_close(actual, wanted[name], UPSAMPLING.tolerance, f"replayed {name}")
 
 
 # --- threads ------------------------------------------------------------------------------------
@@ -304,7 +137,7 @@ def at_once(works: Sequence[Callable[[], None]]) -> None:
 @pytest.mark.parametrize("same_shapes", [True, False])
 def test_eight_threads_at_once(same_shapes: bool, own_streams: bool) -> None:
     def work_of(index: int) -> Callable[[], None]:
-        case = replace(PLAIN, seed=index)
+        case = replace(UPSAMPLING, seed=index)
         if not same_shapes:
             case = replace(case, size=(8 + index, 12), c_out=8 * (index + 1))
         given = arguments(case)
@@ -329,8 +162,8 @@ def test_eight_threads_at_once(same_shapes: bool, own_streams: bool) -> None:
 @pytest.mark.seconds(60)
 def test_threads_while_the_cache_is_cleared_and_shrunk() -> None:
     stop = threading.Event()
-    given = [arguments(replace(PLAIN, size=(5 + i, 6))) for i in range(4)]
-    wanted = [forward(PLAIN, one) for one in given]
+    given = [arguments(replace(UPSAMPLING, size=(5 + i, 6))) for i in range(4)]
+    wanted = [forward(UPSAMPLING, one) for one in given]
 
     def disturb() -> None:
         while not stop.wait(0.001):
@@ -341,7 +174,7 @@ def test_threads_while_the_cache_is_cleared_and_shrunk() -> None:
     def work(index: int) -> None:
         for _ in range(100):
             torch.testing.assert_close(
-                forward(PLAIN, given[index]), wanted[index], rtol=1e-3, atol=1e-3
+                forward(UPSAMPLING, given[index]), wanted[index], rtol=1e-3, atol=1e-3
             )
 
     disturber = threading.Thread(target=disturb)
@@ -361,13 +194,13 @@ two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs tw
 @two_devices
 def test_the_tensors_device_need_not_be_the_current_one() -> None:
     torch.cuda.set_device(0)
-    given = arguments(PLAIN, "cuda:1")
+    given = arguments(UPSAMPLING, "cuda:1")
     allocated = torch.cuda.memory_allocated(0)
-    found = results(dgrad.conv_transpose2d, PLAIN, given)
+    found = results(dgrad.conv_transpose2d, UPSAMPLING, given)
     assert torch.cuda.current_device() == 0
     assert torch.cuda.memory_allocated(0) == allocated
     assert all(tensor.device == torch.device("cuda:1") for tensor in found.values())
-    check(PLAIN, given, found)
+    check(UPSAMPLING, given, found)
 
 
 @two_devices
@@ -375,7 +208,7 @@ def test_two_devices_in_turn_and_at_once() -> None:
     def work_on(device: str) -> Callable[[], None]:
         def work() -> None:
             for seed in range(5):
-                case = replace(PLAIN, seed=seed)
+                case = replace(UPSAMPLING, seed=seed)
                 given = arguments(case, device)
                 check(case, given, results(dgrad.conv_transpose2d, case, given))
 
@@ -397,9 +230,9 @@ def test_tensors_on_two_devices_are_refused() -> None:
 
 
 def test_a_repeated_call_asks_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = arguments(PLAIN)
-    first = results(dgrad.conv_transpose2d, PLAIN, given)
-    forward(PLAIN, given)
+    given = arguments(UPSAMPLING)
+    first = results(dgrad.conv_transpose2d, UPSAMPLING, given)
+    forward(UPSAMPLING, given)
     cache = dgrad.plan_cache
     hits, misses = cache.hits, cache.misses
 
@@ -407,21 +240,21 @@ def test_a_repeated_call_asks_nothing_again(monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("a repeated call makes descriptors or asks cuDNN something")
 
     monkeypatch.setattr(_loader, "require", refuse)
-    forward(PLAIN, given)
+    forward(UPSAMPLING, given)
     assert cache.hits > hits
-    again = results(dgrad.conv_transpose2d, PLAIN, given)
+    again = results(dgrad.conv_transpose2d, UPSAMPLING, given)
     assert cache.misses == misses
     for name, tensor in again.items():
         torch.testing.assert_close(tensor, first[name], rtol=1e-4, atol=1e-3)
     with pytest.raises(AssertionError, match="makes descriptors"):
-        forward(PLAIN, arguments(replace(PLAIN, size=(13, 12))))
+        forward(UPSAMPLING, arguments(replace(UPSAMPLING, size=(13, 12))))
 
 
 def test_the_same_shape_at_other_addresses_is_a_hit() -> None:
-    forward(PLAIN, arguments(PLAIN))
+    forward(UPSAMPLING, arguments(UPSAMPLING))
     misses = dgrad.plan_cache.misses
     for seed in range(1, 4):
-        case = replace(PLAIN, seed=seed)
+        case = replace(UPSAMPLING, seed=seed)
         given = arguments(case)
         check(case, given, {"output": forward(case, given)})
     assert dgrad.plan_cache.misses == misses
@@ -429,11 +262,11 @@ def test_the_same_shape_at_other_addresses_is_a_hit() -> None:
 
 def test_a_call_between_pytorchs_own_calls_changes_neither() -> None:
     """Both use cuDNN on the same stream, each with a handle of its own."""
-    given = arguments(PLAIN)
+    given = arguments(UPSAMPLING)
     with torch.no_grad():
-        theirs = pytorch(given.input, given.weight, given.bias, **PLAIN.options)
+        theirs = pytorch(given.input, given.weight, given.bias, **UPSAMPLING.options)
         for _ in range(3):
-            ours = forward(PLAIN, given)
-            again = pytorch(given.input, given.weight, given.bias, **PLAIN.options)
+            ours = forward(UPSAMPLING, given)
+            again = pytorch(given.input, given.weight, given.bias, **UPSAMPLING.options)
             assert torch.equal(theirs, again)
-    check(PLAIN, given, {"output": ours})
+    check(UPSAMPLING, given, {"output": ours})

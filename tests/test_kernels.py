@@ -1,107 +1,27 @@
-"""What cuDNN compiled for a chosen candidate: kept, restored, and not believed where spoiled.
+"""What cuDNN compiled for a chosen candidate: kept, restored, and forgotten.
 
 All of it runs on the CPU: the GPU is pretended, and so is what cuDNN compiles.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
 import stat
 import time
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import dgrad
-from dgrad import _folders, _kernels, _loader, _runner, config, log, store
+import kernels
+from dgrad import _kernels, _runner, config, store
 from dgrad._runner import Runner
-from dgrad.exceptions import cudnn_error
-from fake_cudnn import (
-    FakeEngine,
-    FakePlan,
-    FakeResult,
-    StoredCore,
-    W,
-    X,
-    Y,
-    compute,
-    fake_times,
-    names,
-    real_problem,
-)
-from stored import a_fifo, a_folder, a_link
+from fake_cudnn import FakePlan, StoredCore, W, X, Y, names
+from kernels import BIAS, BIASED, FUSED, MARKS, PASS, REFUSED, ROWS, choose, kept, run, warned
 
-_CORE, _REASON = _loader.load()
-pytestmark = pytest.mark.skipif(_CORE is None, reason=str(_REASON))
-
-PLAIN, FUSED, ROWS = "convolution:eng1", "convolution_bias:eng2", "bias_rows:eng3"
-PASS = f"{PLAIN} + {ROWS}"
-BIAS = torch.tensor([1.0, 2.0])
-BIASED = None if _CORE is None else real_problem(x=(2, 2, 7, 9), w=(4, 2, 3, 3), bias=True)
-REFUSED = cudnn_error(3000, "not supported", "cudnnBackendFinalize", "")
-
-
-@pytest.fixture(autouse=True)
-def folder(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the store that a pretended GPU has."""
-    properties = SimpleNamespace(name="NVIDIA Pretended 1", major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(log, "_warned", {})
-    monkeypatch.setattr(_kernels, "_refused", set())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return own_store / f"NVIDIA-Pretended-1_sm90_cudnn-{_loader.cudnn_version()}_v3"
-
-
-@pytest.fixture
-def core(monkeypatch: pytest.MonkeyPatch) -> StoredCore:
-    """A core that compiles for the engines which take a bias."""
-    core = StoredCore(FakeResult("ALGO_1", "FMA_MATH"))
-    core.engines = {
-        "convolution": [FakeEngine("eng1", ["TENSOR_CORE"])],
-        "convolution_bias": [FakeEngine("eng2", ["TENSOR_CORE"])],
-        "bias_rows": [FakeEngine("eng3")],
-    }
-    core.compiling = {FUSED, ROWS}
-    core.begin(monkeypatch)
-    compute(core, X)
-    return core
-
-
-def run(core: StoredCore) -> dgrad.Selection:
-    """Run a biased problem as another process would."""
-    dgrad.plan_cache.clear()
-    core.planned.clear()
-    core.restored.clear()
-    core.ran.clear()
-    X.zero_()
-    Runner(BIASED, config.policy(dgrad.Flags(selection="measure"))).run(X, W, Y, BIAS)
-    assert X[0, :, 0, 0].tolist() == pytest.approx([4.0, 5.0])
-    (selection, *_), *_ = dgrad.selections()
-    return selection
-
-
-def kept(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.kernels"))
-
-
-def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-
-
-def choose(core: StoredCore, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let a plan be the fastest, and measure."""
-    times: dict[str, float | None] = dict.fromkeys((PLAIN, "ALGO_1", FUSED, PASS), 2.0)
-    times |= {PASS: 1.8, "ALGO_1": 1.9} if name.startswith("ALGO_1 ") else {}
-    times[name] = 1.0
-    fake_times(core, monkeypatch, times)
-    run(core)
-    assert names(core)[-1] == name
+pytestmark = MARKS
+core = kernels.core
 
 
 @pytest.mark.parametrize(
@@ -144,112 +64,6 @@ def test_nothing_is_kept_or_read_where_the_store_is_off(
     run(core)
     assert core.restored == []
     assert not own_store.exists()
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[-3] ^= 1
-    file.write_bytes(data)
-
-
-def huge(file: Path) -> None:
-    with file.open("r+b") as stream:
-        stream.truncate(1 << 32)
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def garbage(file: Path) -> None:
-    file.write_bytes(os.urandom(5000))
-
-
-def no_json(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:32] + b"[" * 100_000)
-
-
-@pytest.mark.parametrize(
-    "spoil", [truncate, flip, a_link, a_fifo, a_folder, huge, empty, garbage, no_json]
-)
-def test_a_spoiled_file_is_a_miss_with_one_warning(
-    core: StoredCore,
-    monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    caplog: pytest.LogCaptureFixture,
-    spoil: Callable[[Path], None],
-) -> None:
-    choose(core, monkeypatch, FUSED)
-    (file,) = kept(folder)
-    spoil(file)
-    run(core)
-    assert names(core) == [FUSED]
-    assert core.restored == []
-    assert tuple(FUSED.split(":")) in core.planned
-    text, *others = warned(caplog)
-    assert str(file) in text
-    if spoil is a_folder:  # which stays where it is
-        assert "Is a directory" in others.pop()
-    else:
-        run(core)
-        assert core.restored == [FUSED], "the file was replaced"
-    assert not others
-    assert len(warned(caplog)) == 1 + (spoil is a_folder)
-
-
-def test_a_file_of_another_problem_or_candidate_is_a_miss(
-    core: StoredCore,
-    monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    choose(core, monkeypatch, FUSED)
-    (file,) = kept(folder)
-    selection = dgrad.selections()[0][0]
-    right = (BIASED, selection.candidate)
-    assert _kernels._read(file, *right) == [FUSED.encode()]
-    another = next(c for c in selection.candidates if c.bias == "eng3")
-    for of in ((real_problem(), selection.candidate), (BIASED, another)):
-        other = _kernels._file(*of)
-        assert other is not None
-        shutil.copy(file, other)
-        assert _kernels._read(other, *of) == []
-    assert len(warned(caplog)) == 2
-    with monkeypatch.context() as patch:
-        gpu = SimpleNamespace(name="NVIDIA Pretended 2", major=9, minor=0)
-        patch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-        (folder.parent / _folders.folder_name(0)).mkdir(mode=0o700)
-        elsewhere = _kernels._file(*right)
-        assert elsewhere is not None
-        shutil.copy(file, elsewhere)
-        assert _kernels._read(elsewhere, *right) == []
-    assert len(warned(caplog)) == 3
-    assert _kernels._read(file, *right) == [FUSED.encode()]
-    later = SimpleNamespace(__version__="of another graph")
-    monkeypatch.setattr(_kernels, "_loader", SimpleNamespace(require=lambda: later))
-    assert _kernels._read(file, *right) == []
-
-
-def test_what_cudnn_does_not_restore_is_made_anew(
-    core: StoredCore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    choose(core, monkeypatch, FUSED)
-    core.unrestorable[FUSED] = REFUSED
-    for _ in range(2):
-        run(core)
-        assert names(core) == [FUSED]
-        assert core.restored == [FUSED]
-        assert tuple(FUSED.split(":")) in core.planned
-    (text,) = warned(caplog)
-    assert "cannot be restored" in text
-    assert "not supported" in text
-    core.unrestorable.clear()
-    run(core)
-    assert core.planned == []
 
 
 def test_a_cudnn_that_gives_no_text_costs_a_warning(
@@ -314,53 +128,6 @@ def test_what_a_killed_process_left_goes(
     assert not left.exists()
 
 
-def test_kernels_that_do_not_run_are_compiled_once_more(
-    core: StoredCore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    choose(core, monkeypatch, FUSED)
-    failed = []
-
-    def execute(plan: FakePlan, *arguments: int) -> None:
-        if plan.name == FUSED and core.restored and not failed:
-            failed.append(plan)
-            raise cudnn_error(5000, "no such kernel", "cudnnBackendExecute", "")
-        real(plan, *arguments)
-
-    real = FakePlan.execute
-    monkeypatch.setattr(FakePlan, "execute", execute)
-    run(core)
-    assert len(failed) == 1
-    assert names(core) == [FUSED]
-    assert tuple(FUSED.split(":")) in core.planned
-    (text,) = warned(caplog)
-    assert "no such kernel" in text
-    run(core)
-    assert core.planned == [], "the file was replaced"
-
-
-def test_each_thread_compiles_once_more_where_restored_kernels_do_not_run(
-    core: StoredCore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choose(core, monkeypatch, FUSED)
-    dgrad.plan_cache.clear()
-    policy = config.policy(dgrad.Flags(selection="measure"))
-    runners = [Runner(BIASED, policy) for _ in range(2)]
-    for runner in runners:
-        runner.run(X, W, Y, BIAS)
-    assert core.restored[-2:] == [FUSED] * 2
-    plans, real = [runner._plan for runner in runners], FakePlan.execute
-
-    def execute(plan: FakePlan, *arguments: int) -> None:
-        if any(plan is each for each in plans):
-            raise cudnn_error(5000, "no such kernel", "cudnnBackendExecute", "")
-        real(plan, *arguments)
-
-    monkeypatch.setattr(FakePlan, "execute", execute)
-    for runner in runners:
-        runner.run(X, W, Y, BIAS)
-        assert names(core)[-1] == FUSED
-
-
 def test_nothing_is_kept_before_it_has_run(
     core: StoredCore, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
@@ -384,78 +151,6 @@ def test_what_was_not_measured_is_kept_too_in_a_store_that_is_not_there_yet(
     assert not warned(caplog)
 
 
-def test_where_a_bad_file_cannot_be_replaced_it_is_not_used_again(
-    core: StoredCore,
-    monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    choose(core, monkeypatch, FUSED)
-    garbage(kept(folder)[0])
-    monkeypatch.setattr(store, "put", lambda *_: os.open(folder, os.O_WRONLY))  # EISDIR
-    for _ in range(2):
-        run(core)
-        assert names(core) == [FUSED]
-        assert core.restored == []
-    assert len(warned(caplog)) == 2  # of the file, and of the store
-
-
-@pytest.mark.parametrize(
-    "packed",
-    [
-        b"garbage",
-        zlib.compress(b"[1]"),
-        zlib.compress(b"7"),
-        zlib.compress(b"[" * 100_000),
-        zlib.compress('["\u4e00"]'.encode()),
-        zlib.compress(b'["' + b"a" * (20 << 20) + b'"]'),
-    ],
-    ids=["no zlib", "a number", "no list", "deep", "no bytes", "a bomb"],
-)
-def test_what_dgrad_would_not_have_packed_is_a_miss(
-    core: StoredCore,
-    monkeypatch: pytest.MonkeyPatch,
-    folder: Path,
-    caplog: pytest.LogCaptureFixture,
-    packed: bytes,
-) -> None:
-    choose(core, monkeypatch, FUSED)
-    (file,) = kept(folder)
-    candidate = dgrad.selections()[0][0].candidate
-    file.write_bytes(_kernels._digest(BIASED, candidate, packed) + packed)
-    run(core)
-    assert (names(core), core.restored) == ([FUSED], [])
-    (text,) = warned(caplog)
-    assert "is not what dgrad packs" in text
-    run(core)
-    assert core.restored == [FUSED], "it was replaced"
-
-
-def test_a_candidate_that_does_not_run_either_way_is_rejected(
-    core: StoredCore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choose(core, monkeypatch, FUSED)
-    core.failing[FUSED] = cudnn_error(5000, "no such kernel", "cudnnBackendExecute", "")
-    run(core)
-    assert core.attempts[-3:-1] == [FUSED] * 2
-    assert names(core) != [FUSED]
-
-
-def test_a_capture_says_nothing_of_kernels(
-    core: StoredCore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    choose(core, monkeypatch, FUSED)
-    core.unrestorable[FUSED] = cudnn_error(4004, "no memory", "cudnnCreate", "")
-    dgrad.plan_cache.clear()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    candidate = store.read(BIASED)
-    assert candidate is not None
-    fused = next(c for c in candidate if c.bias == "fused")
-    with pytest.raises(dgrad.CudnnError, match="no memory"):
-        _kernels.make_plan(BIASED, fused)
-    assert not warned(caplog)
-
-
 @pytest.mark.parametrize("name", ["ALGO_1", FUSED, PASS])
 def test_a_plan_that_was_compiled_and_captured_is_kept_for_its_graphs(
     core: StoredCore, monkeypatch: pytest.MonkeyPatch, name: str
@@ -471,13 +166,6 @@ def test_a_plan_that_was_compiled_and_captured_is_kept_for_its_graphs(
     monkeypatch.setattr(cuda, "is_current_stream_capturing", lambda: True)
     runner.run(X, W, Y, BIAS)
     assert core.kept_for_graphs == ([] if name == "ALGO_1" else [name])
-
-
-def test_the_native_module_refuses_what_it_did_not_give() -> None:
-    assert _CORE is not None
-    for text in (b"", b"120 119 {}", b"\n{}", b"no such thing\n{}", b"7 120\n{}", b"9" * 30):
-        with pytest.raises(ValueError, match="compiled"):
-            _CORE.restored_plan(0, text)
 
 
 def test_too_large_a_text_is_not_kept(

@@ -6,11 +6,9 @@ import json
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 import dgrad
 from dgrad import _knowledge, config
@@ -34,14 +32,12 @@ from fake_cudnn import (
     names,
     real_problem,
 )
-from test_knowledge import CANDIDATES, known
+from known import CANDIDATES, known
 
 
 @pytest.fixture
-def stored(own_store: Path, monkeypatch: pytest.MonkeyPatch) -> StoredCore:
+def stored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> StoredCore:
     """A store of the test's own, and engines of which some are fast."""
-    properties = SimpleNamespace(name="NVIDIA Pretended 1", major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     core = StoredCore(FakeResult("ALGO_1", "FMA_MATH", workspace_bytes=100))
     core.engines = {
         "convolution": [FakeEngine("eng1_k2=3"), FakeEngine("eng2", ["NONDETERMINISTIC"])],

@@ -14,9 +14,9 @@ from torch import Tensor
 import dgrad
 from dgrad._layers import Layer
 from dgrad.bench.suite import cases
+from operands import on_each_device
 
 _FOLDER = Path(__file__).resolve().parent / "models"
-_DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # model: (full inputs, output, the layers in the suite "layers")
 _EXPECTED: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...], str | None]] = {
@@ -96,7 +96,7 @@ def test_a_model_has_the_published_sizes(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("device", _DEVICES)
+@on_each_device
 @pytest.mark.parametrize("name", _EXPECTED)
 def test_a_model_trains_alike_with_dgrads_layers(name: str, device: str) -> None:
     module = _load(name)

@@ -13,13 +13,12 @@ import torch.nn as nn
 from torch import Tensor
 
 import dgrad
+from operands import on_each_device
 
 onnx = pytest.importorskip("onnx", reason="needs onnx, of the extra 'test'")
 pytest.importorskip("onnxscript", reason="needs onnxscript, of the extra 'test'")
 
 RELEASE = tuple(int(number) for number in torch.__version__.split(".")[:2])
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-on_each_device = pytest.mark.parametrize("device", DEVICES)
 with_each_exporter = pytest.mark.parametrize(
     "dynamo",
     [

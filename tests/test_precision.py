@@ -13,6 +13,7 @@ from dgrad._knowledge import everything, knowledge_of
 from dgrad._runner import Runner
 from dgrad.exceptions import TorchOutOfMemoryError, cudnn_error
 from fake_cudnn import (
+    STRICT,
     FakeProblem,
     FakeResult,
     Start,
@@ -26,7 +27,6 @@ from fake_cudnn import (
 
 NOT_SUPPORTED = cudnn_error(3000, "cudnnRun returned 3000", "cudnnRun", "")
 NOT_STARTED = cudnn_error(1001, "cudnnCreate returned 1001", "cudnnCreate", "")
-STRICT = FakeProblem(tf32=False)
 EITHER = (FakeResult("ALGO_1"), FakeResult("ALGO_0", "FMA_MATH"), FakeResult("GEMM", "FMA_MATH"))
 EITHER_MS: dict[str, float | None] = {"ALGO_1": 1.0, "ALGO_0": 3.0, "GEMM": 2.0}
 

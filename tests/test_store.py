@@ -12,17 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from dgrad import _candidates, _folders, _loader, _stored, store
 from dgrad.exceptions import cudnn_error
+from fake_device import pretend_name
 from stored import (
-    BIASED,
     CANDIDATES,
     HERE,
     MARKS,
     OTHER_CUDNN,
     OTHER_GPU,
+    WITH_BIAS,
     content_of,
     folder_name_of_device,
     make_problem,
@@ -45,9 +45,9 @@ def test_candidates_of_a_biased_problem_come_back_as_they_were(
     warnings_of_store: Callable[[], list[str]],
 ) -> None:
     problem = make_problem(bias=True)
-    store.write(problem, BIASED)
-    assert store.read(problem) == BIASED
-    assert [each.bias for each in store.read(problem) or []] == [each.bias for each in BIASED]
+    store.write(problem, WITH_BIAS)
+    assert store.read(problem) == WITH_BIAS
+    assert [each.bias for each in store.read(problem) or []] == [each.bias for each in WITH_BIAS]
     assert store.read(make_problem()) is None
     assert warnings_of_store() == []
 
@@ -318,8 +318,7 @@ def test_folders_and_files_are_the_users_alone(
 def test_a_folder_is_named_by_gpu_cudnn_and_format(
     name: str, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    properties = SimpleNamespace(name=name, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    pretend_name(monkeypatch, name)
     monkeypatch.setattr(_loader, "cudnn_version", lambda: "9.12.0")
     assert folder_name_of_device(0) == folder
     assert _stored.FOLDER.fullmatch(folder)

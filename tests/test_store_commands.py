@@ -15,12 +15,12 @@ import pytest
 
 from dgrad import Candidate, _folders, _stored, store
 from stored import (
-    BIASED,
     CANDIDATES,
     HERE,
     MARKS,
     OTHER_CUDNN,
     OTHER_GPU,
+    WITH_BIAS,
     content_of,
     make_problem,
     numbered,
@@ -167,12 +167,12 @@ def test_candidates_that_one_entry_lacks_come_from_the_other_in_cudnns_order(
 
 def test_the_bias_tells_candidates_apart_when_an_entry_is_loaded(store_root: Path) -> None:
     problem = make_problem(bias=True)
-    store.write(problem, BIASED)
+    store.write(problem, WITH_BIAS)
     exported = store_root.with_name("export.json")
     store.export(exported)
-    store.write(problem, BIASED[1:3])
+    store.write(problem, WITH_BIAS[1:3])
     store.load(exported)
-    assert store.read(problem) == BIASED
+    assert store.read(problem) == WITH_BIAS
 
 
 def test_two_entries_that_make_none_together_leave_the_loaded_one(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 import dgrad
 from dgrad import _loader
 from dgrad.cli import main
-from test_fallback import W, X, nothing_said_yet, run_python  # noqa: F401
+from fallbacks import W, X, run_python
+
+pytestmark = pytest.mark.usefixtures("nothing_said_yet")
 
 
 def forget_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,112 @@
+"""Flags hold in their block and after set_flags, also where blocks and threads meet."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import dgrad
+from dgrad import config
+
+pytestmark = pytest.mark.usefixtures("restored_flags")
+
+DEFAULTS = config.Flags()
+
+
+def test_blocks_nest_and_change_only_what_they_name() -> None:
+    with dgrad.flags(deterministic=True, workspace_limit=100):
+        with dgrad.flags(workspace_limit="1KiB", fallback="error"):
+            assert config.policy() == config.Policy("measure", 0.3, (), 1024, True, "error")
+        assert config.policy() == config.Policy("measure", 0.3, (), 100, True, "pytorch")
+    assert config.current() == DEFAULTS
+
+
+def test_an_exception_restores_the_flags_and_goes_on() -> None:
+    with pytest.raises(KeyError), dgrad.flags(deterministic=True, fallback="error"):
+        raise KeyError
+    assert config.current() == DEFAULTS
+
+
+def test_a_block_restores_what_set_flags_changed_inside() -> None:
+    dgrad.set_flags(workspace_limit=1)
+    with dgrad.flags(deterministic=True):
+        dgrad.set_flags(workspace_limit=2)
+    assert config.current() == config.Flags(workspace_limit=1)
+
+
+def test_a_block_that_ends_takes_back_its_own_settings_only() -> None:
+    dgrad.set_flags(workspace_limit=1)
+    first = dgrad.flags(deterministic=True, fallback="error")
+    second = dgrad.flags(selection="heuristic", fallback="pytorch")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    expected = config.Flags(selection="heuristic", workspace_limit=1, fallback="pytorch")
+    assert config.current() == expected
+    second.__exit__(None, None, None)
+    assert config.current() == config.Flags(workspace_limit=1)
+
+
+def test_blocks_of_two_threads_leave_nothing_behind() -> None:
+    inside, outside = threading.Event(), threading.Event()
+    found: list[config.Flags] = []
+
+    def other() -> None:
+        with dgrad.flags(selection="heuristic"):
+            inside.set()
+            assert outside.wait(10)
+            found.append(config.current())
+
+    thread = threading.Thread(target=other)
+    with dgrad.flags(deterministic=True):
+        thread.start()
+        assert inside.wait(10)
+    outside.set()
+    thread.join()
+    assert found == [config.Flags(selection="heuristic")]
+    assert config.current() == DEFAULTS
+
+
+def test_set_flags_outlives_the_block_of_another_thread() -> None:
+    thread = threading.Thread(target=dgrad.set_flags, kwargs={"workspace_limit": 2})
+    with dgrad.flags(deterministic=True):
+        thread.start()
+        thread.join()
+        assert config.current() == config.Flags(deterministic=True, workspace_limit=2)
+    assert config.current() == config.Flags(workspace_limit=2)
+
+
+def test_what_a_block_was_given_may_change_afterwards() -> None:
+    names = ["legacy:ALGO_1"]
+    with dgrad.flags(algorithm=names):
+        names.append("no provider")
+        with dgrad.flags(deterministic=True):
+            assert config.policy().wanted("dgrad") == ("legacy:ALGO_1",)
+
+
+def test_equal_flags_are_one_object_however_they_came_about() -> None:
+    with dgrad.flags(deterministic=True), dgrad.flags(workspace_limit=7):
+        first = config.current()
+    with dgrad.flags(deterministic=True, workspace_limit="7"):
+        assert config.current() is first
+
+
+def test_the_block_can_decorate_a_function_many_times() -> None:
+    @dgrad.flags(deterministic=True)
+    def deterministic() -> bool:
+        return config.policy().deterministic
+
+    assert deterministic()
+    assert deterministic()
+    assert config.current() == DEFAULTS
+
+
+def test_set_flags_holds_until_it_is_changed() -> None:
+    dgrad.set_flags(deterministic=True, algorithm="legacy:ALGO_1")
+    dgrad.set_flags(allow_tf32=False)
+    flags = config.current()
+    assert (flags.deterministic, flags.allow_tf32) == (True, False)
+    assert flags.algorithm == (("dgrad", ("legacy:ALGO_1",)),)
+    dgrad.set_flags(deterministic=None, algorithm=None, allow_tf32=None)
+    assert config.current() == DEFAULTS

@@ -1,0 +1,127 @@
+"""Gradients of known calls that native code runs alone: those of the long way."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dgrad
+from gpu_ready import NATIVE, tensors, used
+
+pytestmark = NATIVE
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_recorded_calls_have_the_same_gradients(bias: bool) -> None:
+    given = [t.requires_grad_() for t in tensors()]
+    x, w, b = given if bias else (*given[:2], None)  # type: ignore[misc]
+    leaves = [t for t in (x, w, b) if t is not None]
+    grad = torch.randn(2, 6, 19, 19, device="cuda")
+
+    def step() -> list[Tensor]:
+        y = dgrad.conv_transpose2d(x, w, b, 2)
+        return [y, *torch.autograd.grad(y, leaves, grad, create_graph=True)]
+
+    first = step()
+    again: list[Tensor] = []
+    assert used(lambda: again.extend(step())) == 1
+    doubled = [t.detach().double().requires_grad_() for t in leaves]
+    y = F.conv_transpose2d(*doubled, stride=2)
+    wanted = [y, *torch.autograd.grad(y, doubled, grad.double())]
+    for found in (first, again):
+        for each, right in zip(found, wanted, strict=True):
+            torch.testing.assert_close(each.double(), right, rtol=1e-2, atol=1e-2)
+    # Through the gradients again.
+    sum(g.square().sum() for g in again[1:3]).backward()  # type: ignore[union-attr]
+    assert all(t.grad is not None for t in leaves[:2])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_run_in_native_code_too(
+    dtype: torch.dtype, layout: torch.memory_format, bias: bool
+) -> None:
+    tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-2
+
+    def run(check: Callable[[Callable[[], list[Tensor]]], list[Tensor]]) -> None:
+        x, w, b = tensors(dtype=dtype)
+        x, w = (t.to(memory_format=layout) for t in (x, w))
+        leaves = [t.requires_grad_() for t in ((x, w, b) if bias else (x, w))]
+        grad = torch.randn(2, 6, 17, 17, device="cuda", dtype=dtype).to(memory_format=layout)
+
+        def gradients(function: Callable[..., Tensor], of: list[Tensor], at: Tensor) -> Any:
+            y = function(of[0], of[1], of[2] if bias else None, 2, 1)
+            return torch.autograd.grad(y, of, at)
+
+        found = check(lambda: gradients(dgrad.conv_transpose2d, leaves, grad))
+        exact = [t.detach().double().requires_grad_() for t in leaves]
+        wanted = gradients(F.conv_transpose2d, exact, grad.double())
+        as_pytorch = gradients(F.conv_transpose2d, leaves, grad)
+        for each, right, theirs in zip(found, wanted, as_pytorch, strict=True):
+            error = float((each.double() - right).norm() / right.norm())
+            assert error < tolerance, error
+            assert each.stride() == theirs.stride()
+
+    def counted(step: Callable[[], list[Tensor]]) -> list[Tensor]:
+        found: list[Tensor] = []
+        assert used(lambda: found.extend(step())) == 3
+        return found
+
+    run(lambda step: step())
+    run(counted)  # other values at other addresses
+    run(counted)
+
+
+def test_gradients_of_equal_sizes_and_another_geometry_are_told_apart() -> None:
+    x, w, _ = (t.requires_grad_() for t in tensors((2, 8, 2, 2), (8, 6, 2, 2)))
+    grad = torch.randn(2, 6, 5, 5, device="cuda")
+    for _ in range(3):
+        for output_padding, dilation in ((1, 1), (0, 2)):
+            found = []
+            for function, of in (
+                (dgrad.conv_transpose2d, (x, w)),
+                (F.conv_transpose2d, tuple(t.detach().double().requires_grad_() for t in (x, w))),
+            ):
+                y = function(*of, None, 2, 0, output_padding, 1, dilation)
+                found.append(torch.autograd.grad(y, of, grad.to(y.dtype)))
+            for each, right in zip(*found, strict=True):
+                torch.testing.assert_close(each.double(), right, rtol=1e-2, atol=1e-2)
+
+
+def test_flags_of_the_backward_pass_are_part_of_the_call() -> None:
+    x, w, _ = (t.requires_grad_() for t in tensors((4, 64, 32, 32), (64, 64, 3, 3)))
+    y = dgrad.conv_transpose2d(x, w)
+    grad = torch.randn_like(y)
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    wanted = torch.autograd.grad(F.conv_transpose2d(*exact), exact, grad.double())
+
+    def errors() -> list[float]:
+        for _ in range(3):
+            found = torch.autograd.grad(y, (x, w), grad, retain_graph=True)
+        return [float((f - r).norm() / r.norm()) for f, r in zip(found, wanted, strict=True)]
+
+    with dgrad.flags(algorithm={"fprop": "graph", "wgrad": "graph"}, selection="heuristic"):
+        errors()
+    with dgrad.flags(allow_tf32=False):
+        assert max(errors()) < 1e-5
+
+
+def test_a_graph_is_freed_without_the_garbage_collector() -> None:
+    x, w, b = (t.requires_grad_() for t in tensors())
+    dgrad.conv_transpose2d(x, w, b)
+    gc.disable()
+    try:
+        y = dgrad.conv_transpose2d(x, w, b)
+        node = weakref.ref(y.grad_fn)
+        del y
+        assert node() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,73 @@
+"""Short runs, timed on the device alone and out of its cache."""
+
+from __future__ import annotations
+
+import pytest
+
+from fake_device import Device, Failure, time
+
+
+def test_where_the_host_may_limit_the_close_ones_are_timed_on_the_device(device: Device) -> None:
+    a = device.contestant("a", 0.03, device_ms=0.020)
+    b = device.contestant("b", 0.044, device_ms=0.010)
+    c = device.contestant("c", 0.046, device_ms=0.001)
+    assert time([a, b, c]) == [0.03, 0.044, 0.046]
+    assert [each.device_ms for each in (a, b, c)] == [
+        pytest.approx(0.02),
+        pytest.approx(0.01),
+        None,
+    ]
+    assert device.count("hold") == 3 + 1, "a is slower than b by more than a quarter"
+
+
+def test_what_one_alone_takes_on_the_device_is_known_too(device: Device) -> None:
+    alone = device.contestant("a", 0.03, device_ms=0.02)
+    assert time([alone]) == [0.03]
+    assert alone.device_ms == pytest.approx(0.02)
+
+
+def test_half_of_the_runs_on_the_device_find_nothing_in_its_cache(device: Device) -> None:
+    contestant = device.contestant("a", 0.03, device_ms=0.02, cold_ms=0.008)
+    assert time([contestant]) == [0.03]
+    assert contestant.device_ms == pytest.approx(0.024)
+
+
+def test_without_memory_to_empty_the_cache_with_it_stays_as_it_is(device: Device) -> None:
+    device.memory = False
+    contestant = device.contestant("a", 0.03, device_ms=0.02, cold_ms=0.008)
+    assert time([contestant]) == [0.03]
+    assert contestant.device_ms == pytest.approx(0.02)
+    assert contestant.error is None
+
+
+def test_where_the_cache_may_help_those_not_far_behind_are_timed_out_of_it(device: Device) -> None:
+    a = device.contestant("a", 0.20, cold_ms=0.08)
+    b = device.contestant("b", 0.21, cold_ms=0.02)
+    c = device.contestant("c", 0.26)
+    assert time([a, b, c]) == [0.20, 0.21, 0.26]
+    assert [each.device_ms for each in (a, b, c)] == [
+        pytest.approx(0.24),
+        pytest.approx(0.22),
+        None,
+    ]
+
+
+def test_long_runs_are_not_timed_on_the_device_alone(device: Device) -> None:
+    contestants = [device.contestant("a", 1.1), device.contestant("b", 1.1)]
+    assert time(contestants) == [1.1, 1.1]
+    assert [each.device_ms for each in contestants] == [None, None]
+    assert device.count("hold") == 0
+
+
+def test_one_that_fails_on_the_device_leaves(device: Device) -> None:
+    def fail_when_held(run: int) -> float:
+        if device.held:
+            raise Failure("held")
+        return 0.03
+
+    failing = device.contestant("a", fail_when_held)
+    other = device.contestant("b", 0.03)
+    assert time([failing, other]) == [None, 0.03]
+    assert failing.device_ms is None
+    assert str(failing.error) == "held"
+    assert other.device_ms == pytest.approx(0.03)
