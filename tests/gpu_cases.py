@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -92,3 +94,27 @@ def in_thread(work: Callable[[], Any]) -> None:
     thread.join()
     if failures:
         raise failures[0]
+
+
+@contextmanager
+def room_for(count_bytes: int) -> Iterator[None]:
+    """Let PyTorch's allocator get so much memory more, and hand out nothing of what it holds.
+
+    It may hold much that is free: a small tensor that stays keeps all of the block it is a part of.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    held, size = torch.cuda.memory_reserved(), 2**30
+    fillers = []
+    try:
+        torch.cuda.set_per_process_memory_fraction(held / total)
+        while size >= 2**20:
+            try:
+                fillers.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.cuda.OutOfMemoryError:
+                size //= 2
+        torch.cuda.set_per_process_memory_fraction((held + count_bytes) / total)
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

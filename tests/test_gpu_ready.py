@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dgrad
+from gpu_cases import room_for
 from gpu_ready import NATIVE, tensors, used
 
 pytestmark = NATIVE
@@ -233,16 +233,8 @@ def test_what_native_code_runs_is_not_forgotten_first() -> None:
 def test_out_of_memory_is_the_same_error_as_the_long_way() -> None:
     x, w, b = tensors((64, 16, 128, 128), (16, 16, 2, 2))
     dgrad.conv_transpose2d(x, w, b, 2)
-    gc.collect()
-    torch.cuda.empty_cache()
-    _, total = torch.cuda.mem_get_info()
-    allowed = torch.cuda.memory_reserved() + (8 << 20)
-    try:
-        torch.cuda.set_per_process_memory_fraction(allowed / total)
-        with pytest.raises(torch.cuda.OutOfMemoryError):
-            dgrad.conv_transpose2d(x, w, b, 2)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    with room_for(8 << 20), pytest.raises(torch.cuda.OutOfMemoryError):
+        dgrad.conv_transpose2d(x, w, b, 2)
     assert_right(dgrad.conv_transpose2d(x, w, b, 2), x, w, b, stride=2)
 
 

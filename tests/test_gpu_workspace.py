@@ -13,7 +13,14 @@ from torch import Tensor
 
 import dgrad
 from dgrad.selection import Selection
-from gpu_cases import WIDE, assert_lists_candidates_with_reasons, forward, in_thread, verdict
+from gpu_cases import (
+    WIDE,
+    assert_lists_candidates_with_reasons,
+    forward,
+    in_thread,
+    room_for,
+    verdict,
+)
 from reference import arguments, assert_close, expected, results
 
 pytestmark = pytest.mark.gpu
@@ -68,18 +75,8 @@ def large() -> Iterator[tuple[Tensor, Tensor]]:
     torch.manual_seed(0)
     x = torch.randn(8, 64, 256, 256, device="cuda")
     yield x, torch.randn(64, 64, 3, 7, device="cuda") / 37
-    torch.cuda.set_per_process_memory_fraction(1.0)
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def leave_room_for(count_bytes: int) -> None:
-    """Let PyTorch's allocator have this much more memory than it holds now."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    _, total = torch.cuda.mem_get_info()
-    allowed = torch.cuda.memory_reserved() + count_bytes
-    torch.cuda.set_per_process_memory_fraction(allowed / total)
 
 
 def run_large(large: tuple[Tensor, Tensor]) -> Tensor:
@@ -101,10 +98,10 @@ def test_a_workspace_that_does_not_fit_makes_the_next_candidate_run(
     del wanted
     dgrad.plan_cache.clear()
     selections.clear()
-    leave_room_for(size + greedy.workspace_bytes // 2)
 
     caplog.set_level(logging.DEBUG, logger="dgrad")
-    output = run_large(large)
+    with room_for(size + greedy.workspace_bytes // 2):
+        output = run_large(large)
     torch.testing.assert_close(output[-1], kept, rtol=1e-2, atol=1e-2)
     (selection,) = selections
     assert selection.candidate.workspace_bytes <= greedy.workspace_bytes // 2
@@ -114,7 +111,6 @@ def test_a_workspace_that_does_not_fit_makes_the_next_candidate_run(
     assert any("out of memory" in text for text in caplog.messages)
 
     # Remembered: neither a second call, nor another thread, nor more memory tries it again.
-    torch.cuda.set_per_process_memory_fraction(1.0)
     caplog.clear()
     del output
     run_large(large)
@@ -137,19 +133,18 @@ def test_out_of_memory_is_told_apart_and_asked_for_again(
     assert need > 16 * _MIB, "no algorithm of this problem needs a large workspace here"
     dgrad.plan_cache.clear()
     selections.clear()
-    leave_room_for(size + need // 2)
 
     with dgrad.flags(algorithm=forced):
-        for _ in range(2):
-            with pytest.raises(dgrad.OutOfMemoryError, match="out of memory") as caught:
-                run_large(large)
-            assert isinstance(caught.value, torch.cuda.OutOfMemoryError)
-            assert isinstance(caught.value, dgrad.NotSupportedError)
-            assert_lists_candidates_with_reasons(str(caught.value), forced)
-            del caught  # its traceback holds the output
-            gc.collect()
+        with room_for(size + need // 2):
+            for _ in range(2):
+                with pytest.raises(dgrad.OutOfMemoryError, match="out of memory") as caught:
+                    run_large(large)
+                assert isinstance(caught.value, torch.cuda.OutOfMemoryError)
+                assert isinstance(caught.value, dgrad.NotSupportedError)
+                assert_lists_candidates_with_reasons(str(caught.value), forced)
+                del caught  # its traceback holds the output
+                gc.collect()
         assert not selections
-        torch.cuda.set_per_process_memory_fraction(1.0)
         run_large(large)
     assert [selection.candidate.name for selection in selections] == [forced]
 
@@ -163,8 +158,8 @@ def test_an_algorithm_that_cudnn_refuses_is_not_out_of_memory(
     size = output.numel() * output.element_size()
     del output
     dgrad.plan_cache.clear()
-    leave_room_for(size + greedy.workspace_bytes // 2)
-    run_large(large)
+    with room_for(size + greedy.workspace_bytes // 2):
+        run_large(large)
     with (
         dgrad.flags(algorithm="legacy:ALGO_99"),
         pytest.raises(dgrad.NotSupportedError) as caught,
@@ -185,8 +180,6 @@ def greediest(selection: Selection) -> tuple[str, int]:
 
 
 def test_out_of_memory_for_the_output_is_pytorchs_error(large: tuple[Tensor, Tensor]) -> None:
-    leave_room_for(8 * _MIB)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with room_for(8 * _MIB), pytest.raises(torch.cuda.OutOfMemoryError):
         run_large(large)
-    torch.cuda.set_per_process_memory_fraction(1.0)
     run_large(large)
