@@ -2,7 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "error.hpp"
 #include "graph/engines.hpp"
@@ -13,6 +19,7 @@
 #include "legacy/plan.hpp"
 #include "plan.hpp"
 #include "problem.hpp"
+#include "python.hpp"
 #include "ready.hpp"
 #include "sequence.hpp"
 
@@ -175,37 +182,79 @@ void bind_graph(py::module_& m) {
         "device"_a, "compiled"_a);
 }
 
+using dgrad::FastArguments;
+
+py::object call_ready(dgrad::ReadyCalls& self, FastArguments a) {
+    return self.call(a[0], a[1], a[2], a[3], a[4]);
+}
+
+py::object execute_ready(dgrad::ReadyCalls& self, FastArguments a) {
+    return self.execute(a[0].cast<const dgrad::ReadyCall&>(), a[1], a[2], a[3]);
+}
+
+py::object take_gradients(dgrad::ReadyCalls& self, FastArguments a) {
+    return self.backward(a[0], a[1], a[2], a[3]);
+}
+
 void bind_ready(py::module_& m) {
     using dgrad::ReadyCall;
     using dgrad::ReadyCalls;
+    using dgrad::ReadyGradients;
     py::class_<dgrad::UseCount, std::shared_ptr<dgrad::UseCount>>(m, "UseCount")
         .def(py::init<>())
         .def_readonly("count", &dgrad::UseCount::count);
+    py::class_<ReadyGradients, std::shared_ptr<ReadyGradients>>(m, "ReadyGradients")
+        .def(py::init([](const std::array<std::tuple<std::size_t, std::size_t, py::tuple>, 2>& of,
+                         py::object flags, std::vector<std::int64_t> a_strides,
+                         std::vector<std::int64_t> grad_strides) {
+                 const auto gradient = [](const auto& each) {
+                     const auto& [first, second, state] = each;
+                     if (std::max(first, second) > 2) throw py::value_error("no such place");
+                     return ReadyGradients::Gradient{first, second, state};
+                 };
+                 return ReadyGradients{{gradient(of[0]), gradient(of[1])},
+                                       std::move(flags),
+                                       std::move(a_strides),
+                                       std::move(grad_strides)};
+             }),
+             py::kw_only(), "of"_a, "flags"_a, "a_strides"_a, "grad_strides"_a);
     py::class_<ReadyCall>(m, "ReadyCall")
         .def(py::init([](std::shared_ptr<dgrad::Plan> plan, const std::string& direction,
                          py::object make_out, py::object make_workspace, py::object enter_bias,
                          py::object is_capturing, bool plan_reads_bias, bool pytorch_adds_bias,
-                         std::shared_ptr<dgrad::UseCount> uses, py::object recipe) {
+                         std::shared_ptr<dgrad::UseCount> uses, py::object recipe,
+                         std::shared_ptr<ReadyGradients> gradients) {
                  return ReadyCall{std::move(plan),       dgrad::parse_direction(direction),
                                   std::move(make_out),   std::move(make_workspace),
                                   std::move(enter_bias), std::move(is_capturing),
                                   plan_reads_bias,       pytorch_adds_bias,
-                                  std::move(uses),       std::move(recipe)};
+                                  std::move(uses),       std::move(recipe),
+                                  std::move(gradients)};
              }),
              py::kw_only(), "plan"_a.none(false), "direction"_a, "make_out"_a, "make_workspace"_a,
              "enter_bias"_a, "is_capturing"_a, "plan_reads_bias"_a, "pytorch_adds_bias"_a,
-             "uses"_a.none(false), "recipe"_a)
+             "uses"_a.none(false), "recipe"_a, "gradients"_a)
         .def_readonly("recipe", &ReadyCall::recipe);
-    py::class_<ReadyCalls>(m, "ReadyCalls")
-        .def(py::init<const py::capsule&, py::tuple, py::object>(), "exchange"_a, "types"_a,
-             "current_device"_a)
+    py::class_<ReadyCalls> calls(m, "ReadyCalls");
+    calls
+        .def(py::init([](const py::capsule& exchange, py::tuple types, py::object current_device,
+                         py::object flags, py::tuple switches, py::tuple guards,
+                         py::object recording, py::object is_asked, py::tuple is_odd) {
+                 return ReadyCalls(dgrad::TensorReader(exchange, std::move(types)),
+                                   {std::move(current_device), std::move(flags),
+                                    std::move(switches), std::move(guards), std::move(recording),
+                                    std::move(is_asked), std::move(is_odd)});
+             }),
+             py::kw_only(), "exchange"_a, "types"_a, "current_device"_a, "flags"_a, "switches"_a,
+             "guards"_a, "recording"_a, "is_asked"_a, "is_odd"_a)
         .def("run", &ReadyCalls::run, "a"_a, "b"_a, "bias"_a, "state"_a)
-        .def("find", &ReadyCalls::find, "a"_a, "b"_a, "bias"_a, "state"_a)
-        .def("execute", &ReadyCalls::execute, "call"_a, "a"_a, "b"_a, "bias"_a)
         .def("put", &ReadyCalls::put, "a"_a, "b"_a, "bias"_a, "state"_a, "call"_a)
         .def("clear", &ReadyCalls::clear)
         .def_property_readonly("size", &ReadyCalls::size)
         .def_property_readonly("hits", &ReadyCalls::hits);
+    dgrad::define_fast<ReadyCalls, call_ready, 5>(calls, "call");
+    dgrad::define_fast<ReadyCalls, execute_ready, 4>(calls, "execute");
+    dgrad::define_fast<ReadyCalls, take_gradients, 4>(calls, "backward");
 }
 
 }  // namespace

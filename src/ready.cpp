@@ -1,23 +1,16 @@
 #include "ready.hpp"
 
 #include <algorithm>
-#include <functional>
-#include <stdexcept>
-#include <thread>
+#include <optional>
 #include <utility>
 
 #include "error.hpp"
+#include "python.hpp"
 
 namespace py = pybind11;
 
 namespace dgrad {
 namespace {
-
-constexpr std::uintptr_t alignment = 16;
-
-void* address(const dlpack::Tensor& tensor) {
-    return static_cast<char*>(tensor.data) + tensor.byte_offset;
-}
 
 // Where the two inputs of a direction and its result stand; see Note [Geometry].
 Pointers in_slots(Direction direction, void* a, void* b, void* out) {
@@ -30,39 +23,6 @@ Pointers in_slots(Direction direction, void* a, void* b, void* out) {
             break;
     }
     return {out, b, a, nullptr};
-}
-
-// Clears a Python error that a failed look left behind.
-bool no() {
-    PyErr_Clear();
-    return false;
-}
-
-// Whether two tuples hold the same types: to ==, 1 is also 1.0 and True.
-bool same_types(PyObject* left, PyObject* right) {
-    if (Py_TYPE(left) != Py_TYPE(right)) return false;
-    if (!PyTuple_CheckExact(left)) return true;
-    const Py_ssize_t size = PyTuple_GET_SIZE(left);
-    if (size != PyTuple_GET_SIZE(right)) return false;
-    for (Py_ssize_t i = 0; i < size; ++i) {
-        if (!same_types(PyTuple_GET_ITEM(left, i), PyTuple_GET_ITEM(right, i))) return false;
-    }
-    return true;
-}
-
-// A method by an interned name, made once.
-template <typename... Arguments>
-py::object call_method(const py::object& object, const py::str& name,
-                       const Arguments&... arguments) {
-    std::array<PyObject*, 1 + sizeof...(arguments)> all{object.ptr(), arguments.ptr()...};
-    PyObject* const result = PyObject_VectorcallMethod(name.ptr(), all.data(), all.size(), nullptr);
-    if (result == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(result);
-}
-
-const py::str& interned(const char* name) {
-    // Leaked on purpose: nothing of Python may be touched once the interpreter has ended.
-    return *new py::str(py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)));
 }
 
 void* storage_address(const py::object& storage) {
@@ -79,139 +39,101 @@ void add_over_channels(const py::object& tensor, const py::object& bias) {
     call_method(tensor, add, call_method(bias, view, one, rest, one, one));
 }
 
-// Whether hashing and comparing such a value runs no code but the interpreter's own.
-bool is_plain(PyObject* value) {
-    if (PyTuple_CheckExact(value)) {
-        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
-            if (!is_plain(PyTuple_GET_ITEM(value, i))) return false;
-        }
-        return true;
-    }
-    return value == Py_None || PyBool_Check(value) || PyLong_CheckExact(value) ||
-           PyUnicode_CheckExact(value);
+py::object sum_over_channels(const py::object& tensor) {
+    static const py::str& sum = interned("sum");
+    static const py::tuple& others = *new py::tuple(py::make_tuple(0, 2, 3));
+    return call_method(tensor, sum, others);
+}
+
+bool requires_grad(const py::object& tensor) {
+    static const py::str& name = interned("requires_grad");
+    return !tensor.is_none() && attribute(tensor, name).is(py::handle(Py_True));
+}
+
+bool is_true(const py::object& callable) {
+    return stolen(PyObject_CallNoArgs(callable.ptr())).is(py::handle(Py_True));
 }
 
 }  // namespace
 
-ReadyCalls::ReadyCalls(const py::capsule& exchange, py::tuple types, py::object current_device)
-    : exchange_(static_cast<const dlpack::Exchange*>(
-          PyCapsule_GetPointer(exchange.ptr(), dlpack::capsule_name))),
-      types_(std::move(types)),
-      current_device_(std::move(current_device)) {
-    if (exchange_ == nullptr) throw py::error_already_set();
-    if (exchange_->major != dlpack::major_version || exchange_->tensor_from_py_object == nullptr) {
-        throw std::invalid_argument("exchange is of DLPack " + std::to_string(exchange_->major) +
-                                    ", expected version 1 with all its calls");
-    }
-}
-
-bool ReadyCalls::Key::operator==(const Key& other) const {
-    if (count != other.count || state_hash != other.state_hash ||
-        !std::equal(facts.begin(), facts.begin() + static_cast<std::ptrdiff_t>(count),
-                    other.facts.begin()) ||
-        !same_types(state.ptr(), other.state.ptr())) {
-        return false;
-    }
-    const int equal = PyObject_RichCompareBool(state.ptr(), other.state.ptr(), Py_EQ);
-    return equal == 1 || (equal < 0 && no());
-}
-
-std::size_t ReadyCalls::Hash::operator()(const Key& key) const noexcept {
-    std::uint64_t hash = static_cast<std::uint64_t>(key.state_hash);
-    for (std::size_t i = 0; i < key.count; ++i) {
-        hash = (hash ^ static_cast<std::uint64_t>(key.facts[i])) * 1099511628211ULL;
-        hash ^= hash >> 29;
-    }
-    return static_cast<std::size_t>(hash);
-}
-
-dlpack::Tensor ReadyCalls::read(const py::object& tensor) const {
-    dlpack::Tensor found{};
-    if (exchange_->tensor_from_py_object(tensor.ptr(), &found) != 0) {
-        throw py::error_already_set();
-    }
-    return found;
-}
-
-bool ReadyCalls::add_facts(const py::object& object, Key* key) const {
-    const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-    PyObject** const begin = PySequence_Fast_ITEMS(types_.ptr());
-    PyObject** const end = begin + PyTuple_GET_SIZE(types_.ptr());
-    if (std::find(begin, end, type) == end) return false;
-    dlpack::Tensor tensor{};
-    if (exchange_->tensor_from_py_object(object.ptr(), &tensor) != 0) return no();
-    const auto dims = static_cast<std::size_t>(tensor.ndim);
-    // A null address is of a tensor without memory, such as one of zeros. A negative view shares
-    // all that is read here with what it is the negative of; PyTorch makes them of imaginary parts,
-    // which are never aligned, and to ask each tensor would give the GIL to other threads.
-    if (tensor.device_type != dlpack::cuda || tensor.strides == nullptr || tensor.data == nullptr ||
-        reinterpret_cast<std::uintptr_t>(address(tensor)) % alignment != 0 || dims > 4 ||
-        key->count + 2 * dims + 2 > most_facts) {
-        return false;
-    }
-    const auto add = [key](std::int64_t fact) { key->facts[key->count++] = fact; };
-    add(tensor.ndim | tensor.device_id << 8);
-    add(tensor.type_code | tensor.type_bits << 8);
-    for (std::size_t i = 0; i < dims; ++i) {
-        add(tensor.shape[i]);
-        add(tensor.strides[i]);
+bool ReadyCalls::may_run() const {
+    for (const py::handle guard : process_.guards) {
+        PyObject* const* const pair = PySequence_Fast_ITEMS(guard.ptr());
+        const py::object found = stolen(PyObject_CallNoArgs(pair[0]));
+        const int equal = PyObject_RichCompareBool(found.ptr(), pair[1], Py_EQ);
+        if (equal < 0) throw py::error_already_set();
+        if (equal == 0) return false;
     }
     return true;
 }
 
-bool ReadyCalls::make_key(const py::object& a, const py::object& b, const py::object& bias,
-                          const py::tuple& state, Key* key) const {
-    const std::hash<std::thread::id> thread;
-    key->facts[key->count++] = static_cast<std::int64_t>(thread(std::this_thread::get_id()));
-    if (!is_plain(state.ptr())) return false;
-    key->state_hash = PyObject_Hash(state.ptr());
-    if (key->state_hash == -1) return no();
-    key->state = state;
-    return add_facts(a, key) && add_facts(b, key) && (bias.is_none() || add_facts(bias, key));
+// As dgrad.config.switches() has it.
+py::tuple ReadyCalls::state(const py::tuple& own, const py::object& flags) const {
+    const auto size = own.size(), count = process_.switches.size();
+    py::tuple state(size + 2 + count);
+    const auto set = [&state](std::size_t i, py::object value) {
+        PyTuple_SET_ITEM(state.ptr(), static_cast<Py_ssize_t>(i), value.release().ptr());
+    };
+    const auto identity = [](const py::object& object) {
+        return stolen(PyLong_FromVoidPtr(object.ptr()));
+    };
+    for (std::size_t i = 0; i < size; ++i) set(i, own[i]);
+    set(size, identity(flags));
+    set(size + 1, identity(stolen(PyObject_CallNoArgs(process_.flags.ptr()))));
+    for (std::size_t i = 0; i < count; ++i) {
+        const auto place = static_cast<Py_ssize_t>(i);
+        set(size + 2 + i,
+            stolen(PyObject_CallNoArgs(PyTuple_GET_ITEM(process_.switches.ptr(), place))));
+    }
+    return state;
 }
 
 const ReadyCalls::Entry* ReadyCalls::look_up(const py::object& a, const py::object& b,
                                              const py::object& bias, const py::tuple& state) {
-    Key key;
-    if (!make_key(a, b, bias, state, &key)) return nullptr;
+    ReadyKey key;
+    if (!key.make(tensors_, a, b, bias, state)) return nullptr;
     const auto found = entries_.find(key);
-    if (found == entries_.end()) return nullptr;
-    ++hits_;
-    return &found->second;
-}
-
-py::object ReadyCalls::find(const py::object& a, const py::object& b, const py::object& bias,
-                            const py::tuple& state) {
-    const Entry* const entry = look_up(a, b, bias, state);
-    return entry == nullptr ? py::none() : entry->object;
+    return found == entries_.end() ? nullptr : &found->second;
 }
 
 py::object ReadyCalls::run(const py::object& a, const py::object& b, const py::object& bias,
                            const py::tuple& state) {
     const Entry* const entry = look_up(a, b, bias, state);
     if (entry == nullptr) return py::none();
+    ++hits_;
     const Entry kept = *entry;  // the table's own may go while it runs
+    return execute(*kept.call, a, b, bias);
+}
+
+py::object ReadyCalls::call(const py::object& a, const py::object& b, const py::object& bias,
+                            const py::tuple& own, const py::object& flags) {
+    if (!may_run()) return py::none();
+    const Entry* const entry = look_up(a, b, bias, state(own, flags));
+    if (entry == nullptr) return py::none();
+    ++hits_;
+    const Entry kept = *entry;
+    if (is_true(process_.recording) &&
+        (requires_grad(a) || requires_grad(b) || requires_grad(bias))) {
+        return kept.object;
+    }
     return execute(*kept.call, a, b, bias);
 }
 
 py::object ReadyCalls::execute(const ReadyCall& call, const py::object& a, const py::object& b,
                                const py::object& bias) {
     try {
-        const dlpack::Tensor from = read(a);
-        void* stream = nullptr;
-        if (current_device_().cast<std::int32_t>() != from.device_id) return py::none();
-        if (exchange_->current_work_stream(dlpack::cuda, from.device_id, &stream) != 0) {
-            throw py::error_already_set();
-        }
+        const dlpack::Tensor from = tensors_.read(a);
+        if (process_.current_device().cast<std::int32_t>() != from.device_id) return py::none();
+        void* const stream = tensors_.stream(from.device_id);
         py::object out = call.make_out();
         const py::object workspace =
             call.make_workspace.is_none() ? py::none() : call.make_workspace();
         void* const scratch = workspace.is_none() ? nullptr : storage_address(workspace);
-        Pointers pointers =
-            in_slots(call.direction, address(from), address(read(b)), address(read(out)));
+        Pointers pointers = in_slots(call.direction, address(from), address(tensors_.read(b)),
+                                     address(tensors_.read(out)));
         const py::object entered = call.enter_bias.is_none() ? bias : call.enter_bias(bias);
-        if (call.plan_reads_bias) pointers.bias = address(read(entered));
-        if (!call.is_capturing.is_none() && call.is_capturing().cast<bool>()) {
+        if (call.plan_reads_bias) pointers.bias = address(tensors_.read(entered));
+        if (!call.is_capturing.is_none() && is_true(call.is_capturing)) {
             keep_for_graphs(call.plan);
         }
         {
@@ -229,11 +151,70 @@ py::object ReadyCalls::execute(const ReadyCall& call, const py::object& a, const
     return py::none();
 }
 
+bool ReadyCalls::enters(const py::object& tensor, const std::vector<std::int64_t>& strides) const {
+    dlpack::Tensor found{};
+    return tensors_.try_read(tensor, &found) && found.strides != nullptr &&
+           static_cast<std::size_t>(found.ndim) == strides.size() &&
+           std::equal(strides.begin(), strides.end(), found.strides);
+}
+
+bool ReadyCalls::is_asked(const py::tuple& nodes, std::size_t input) const {
+    const py::tuple edge = nodes[input];
+    PyObject* const node = PyTuple_GET_ITEM(edge.ptr(), 0);
+    PyObject* const answer = PyObject_CallOneArg(process_.is_asked.ptr(), node);
+    if (answer != nullptr) return stolen(answer).is(py::handle(Py_True));
+    // A leaf whose gradient torch.autograd.grad was asked for.
+    if (!PyErr_ExceptionMatches(PyExc_RuntimeError)) throw py::error_already_set();
+    return !no();
+}
+
+py::object ReadyCalls::backward(const py::object& context, const py::object& call,
+                                const py::tuple& saved, const py::object& grad) {
+    static const py::str& needs_input_grad = interned("needs_input_grad");
+    static const py::str& next_functions = interned("next_functions");
+    const auto gradients = call.cast<const ReadyCall&>().gradients;
+    if (gradients == nullptr || !may_run() || is_true(process_.recording)) return py::none();
+    for (const py::handle odd : process_.is_odd) {
+        if (stolen(PyObject_CallOneArg(odd.ptr(), grad.ptr())).is(py::handle(Py_True))) {
+            return py::none();
+        }
+    }
+    const std::array<py::object, 3> values{saved[0], saved[1], grad};
+    if (!enters(grad, gradients->grad_strides) ||
+        !(values[0].is_none() || enters(values[0], gradients->a_strides))) {
+        return py::none();
+    }
+    const py::tuple needed = attribute(context, needs_input_grad);
+    const py::tuple nodes = attribute(context, next_functions);
+    const auto is_needed = [&needed](std::size_t input) {
+        return PyTuple_GET_ITEM(needed.ptr(), static_cast<Py_ssize_t>(input)) == Py_True;
+    };
+    std::array<Entry, 2> found;  // all, before any runs
+    for (std::size_t i = 0; i < 2; ++i) {
+        if (!is_needed(i) || !is_asked(nodes, i)) continue;
+        const ReadyGradients::Gradient& each = gradients->of[i];
+        const Entry* const entry = look_up(values[each.first], values[each.second], py::none(),
+                                           state(each.state, gradients->flags));
+        if (entry == nullptr) return py::none();
+        found[i] = *entry;
+    }
+    std::array<py::object, 2> results{py::none(), py::none()};
+    const py::object of_bias = is_needed(2) ? sum_over_channels(grad) : py::none();
+    for (std::size_t i = 0; i < 2; ++i) {
+        if (found[i].call == nullptr) continue;
+        const ReadyGradients::Gradient& each = gradients->of[i];
+        ++hits_;
+        results[i] = execute(*found[i].call, values[each.first], values[each.second], py::none());
+        if (results[i].is_none()) return py::none();
+    }
+    return py::make_tuple(results[0], results[1], of_bias, py::none());
+}
+
 void ReadyCalls::put(const py::object& a, const py::object& b, const py::object& bias,
                      const py::tuple& state, const py::object& call) {
     if (!py::isinstance<ReadyCall>(call)) throw py::type_error("call is not a ReadyCall");
-    Key key;
-    if (!make_key(a, b, bias, state, &key)) return;
+    ReadyKey key;
+    if (!key.make(tensors_, a, b, bias, state)) return;
     Entry& entry = entries_[std::move(key)];
     // Destroyed at the end, as what goes may call back.
     const Entry old = std::exchange(entry, Entry{call, &call.cast<const ReadyCall&>()});

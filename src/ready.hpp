@@ -12,16 +12,31 @@
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
-#include "dlpack.hpp"
 #include "plan.hpp"
 #include "problem.hpp"
+#include "ready_key.hpp"
+#include "tensors.hpp"
 
 namespace dgrad {
 
 // How often a problem was run by ready calls, of all threads: guarded by the GIL.
 struct UseCount {
     std::uint64_t count = 0;
+};
+
+// How autograd takes the gradients of a ready call, which are ready calls too.
+struct ReadyGradients {
+    struct Gradient {
+        std::size_t first, second;  // what its direction takes, by place among a, b and the
+                                    // incoming gradient
+        pybind11::tuple state;      // of its call, but for what the process decides
+    };
+    std::array<Gradient, 2> of;                         // of a and of b
+    pybind11::object flags;                             // the call's own, or None
+    std::vector<std::int64_t> a_strides, grad_strides;  // others must enter another layout first
 };
 
 // Callables are Python's; None where there is nothing to do.
@@ -36,29 +51,47 @@ struct ReadyCall {
     bool pytorch_adds_bias;  // to the result, once the plan has run
     std::shared_ptr<UseCount> uses;
     pybind11::object recipe;  // what Python needs of it; lives as long
+    std::shared_ptr<const ReadyGradients> gradients;
+};
+
+// What of the process decides about each call: callables, of nothing unless said otherwise.
+struct Process {
+    pybind11::object current_device;  // its index
+    pybind11::object flags;           // those in force, which count by identity
+    pybind11::tuple switches;         // their values count
+    pybind11::tuple guards;           // each with its value while native code may run a call
+    pybind11::object recording;       // whether autograd is
+    pybind11::object is_asked;        // of a node: whether the backward pass has a use for it
+    pybind11::tuple is_odd;           // each of a gradient: whether it is none that can be read
 };
 
 // Not thread-safe: the GIL guards it, and a plan is found by the thread that made it only.
 class ReadyCalls {
   public:
-    // `exchange`: the capsule of the tensor type. `types`: the exact types of tensors that are
-    // read, as a subclass may have rules of its own. `current_device`: the index of the device.
-    ReadyCalls(const pybind11::capsule& exchange, pybind11::tuple types,
-               pybind11::object current_device);
+    ReadyCalls(const TensorReader& tensors, Process process)
+        : tensors_(tensors), process_(std::move(process)) {}
 
     // The result of a direction for a, b and a bias or None, or None if it is not ready: of dgrad
-    // for y and w, of fprop for x and w, of wgrad for x and y. `state` is all else that decides:
-    // exact ints, bools, strings, None and tuples of these.
+    // for y and w, of fprop for x and w, of wgrad for x and y. `state` is all else that decides,
+    // see ReadyKey.
     pybind11::object run(const pybind11::object& a, const pybind11::object& b,
                          const pybind11::object& bias, const pybind11::tuple& state);
 
-    // The call that run() would make, or None.
-    pybind11::object find(const pybind11::object& a, const pybind11::object& b,
-                          const pybind11::object& bias, const pybind11::tuple& state);
+    // The same for a state of `own` and what the process decides, with the call's own flags or
+    // None. The ReadyCall itself where autograd must record it.
+    pybind11::object call(const pybind11::object& a, const pybind11::object& b,
+                          const pybind11::object& bias, const pybind11::tuple& own,
+                          const pybind11::object& flags);
 
     // What run() does with a call that was found for these very tensors; None if it fails.
     pybind11::object execute(const ReadyCall& call, const pybind11::object& a,
                              const pybind11::object& b, const pybind11::object& bias);
+
+    // What the backward pass of a recorded call gives: gradients of a, b, the bias and the call
+    // itself. `context` is autograd's, `saved` are a and b, each None where no gradient needs it.
+    // None if it is Python's to run.
+    pybind11::object backward(const pybind11::object& context, const pybind11::object& call,
+                              const pybind11::tuple& saved, const pybind11::object& grad);
 
     void put(const pybind11::object& a, const pybind11::object& b, const pybind11::object& bias,
              const pybind11::tuple& state, const pybind11::object& call);
@@ -68,38 +101,25 @@ class ReadyCalls {
     [[nodiscard]] std::uint64_t hits() const noexcept { return hits_; }
 
   private:
-    static constexpr std::size_t most_facts = 32;
-
-    // What is read off the tensors.
-    struct Key {
-        std::array<std::int64_t, most_facts> facts{};
-        std::size_t count = 0;
-        pybind11::tuple state;
-        std::int64_t state_hash = 0;
-
-        bool operator==(const Key& other) const;
-    };
-    struct Hash {
-        std::size_t operator()(const Key& key) const noexcept;
-    };
     // The call as Python has it, which would cost an object at each look-up otherwise.
     struct Entry {
         pybind11::object object;
-        const ReadyCall* call;
+        const ReadyCall* call = nullptr;
     };
 
-    bool add_facts(const pybind11::object& object, Key* key) const;
-    // What is found is counted as a hit; null if nothing is.
+    // Null if there is none.
     const Entry* look_up(const pybind11::object& a, const pybind11::object& b,
                          const pybind11::object& bias, const pybind11::tuple& state);
-    bool make_key(const pybind11::object& a, const pybind11::object& b,
-                  const pybind11::object& bias, const pybind11::tuple& state, Key* key) const;
-    [[nodiscard]] dlpack::Tensor read(const pybind11::object& tensor) const;
+    [[nodiscard]] bool may_run() const;
+    [[nodiscard]] pybind11::tuple state(const pybind11::tuple& own,
+                                        const pybind11::object& flags) const;
+    [[nodiscard]] bool enters(const pybind11::object& tensor,
+                              const std::vector<std::int64_t>& strides) const;
+    [[nodiscard]] bool is_asked(const pybind11::tuple& nodes, std::size_t input) const;
 
-    const dlpack::Exchange* exchange_;
-    pybind11::tuple types_;
-    pybind11::object current_device_;
-    std::unordered_map<Key, Entry, Hash> entries_;
+    TensorReader tensors_;
+    Process process_;
+    std::unordered_map<ReadyKey, Entry, ReadyKey::Hash> entries_;
     std::uint64_t hits_ = 0;
 };
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgrad
 from gpu_cases import room_for
@@ -263,3 +265,42 @@ def test_a_list_is_looked_up_as_a_tuple_is(kind: Callable[[Any], Any]) -> None:
     for each in again:  # ALGO_0 adds up in any order
         torch.testing.assert_close(each, first)
     assert_right(first, x, w, b, stride=2, padding=1, output_padding=1)
+
+
+def traced(call: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    return torch.jit.trace(call, x, check_trace=False)
+
+
+def differentiated(call: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    with forward_ad.dual_level():
+        return call(forward_ad.make_dual(x, x))
+
+
+class Dispatching(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kw: Any = None) -> Any:
+        return function(*args, **(kw or {}))
+
+
+def dispatched(call: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    with Dispatching():
+        return call(x)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", [traced, torch.vmap, differentiated, dispatched, dgrad.explain])
+def test_what_must_see_a_known_call_sees_it(way: Callable[..., Any]) -> None:
+    x, w, _ = tensors()
+
+    def call(x: Tensor) -> Tensor:
+        return dgrad.conv_transpose2d(x, w)
+
+    def seen() -> None:
+        if way is torch.vmap:
+            torch.vmap(call)(torch.stack([x, x]))
+        else:
+            way(call, x)
+
+    with dgrad.flags(fallback="pytorch"):
+        call(x)
+        assert used(lambda: call(x)) == 1
+        assert used(seen) == 0

@@ -125,3 +125,95 @@ def test_a_graph_is_freed_without_the_garbage_collector() -> None:
         assert node() is None
     finally:
         gc.enable()
+
+
+def test_saved_tensors_are_unpacked_once() -> None:
+    x, w, _ = (t.requires_grad_() for t in tensors())
+    grad = torch.randn(2, 6, 19, 19, device="cuda")
+    unpacked: list[Tensor] = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        unpacked.append(tensor)
+        return tensor
+
+    for number in range(1, 4):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = dgrad.conv_transpose2d(x, w, None, 2)
+        torch.autograd.grad(y, (x, w), grad)
+        assert len(unpacked) == 2 * number
+
+
+def in_another_layout(grad: Tensor) -> Tensor:
+    return grad.to(memory_format=torch.channels_last)
+
+
+def negative_view(grad: Tensor) -> Tensor:
+    return torch._neg_view(-grad)
+
+
+INCOMING: dict[str, Callable[[Tensor], Tensor]] = {
+    "expanded": lambda grad: grad[:1, :1, :1, :1].expand(grad.shape),
+    "in another layout": in_another_layout,
+    "a negative view": negative_view,
+    "at an odd address": lambda grad: torch.cat([grad.flatten()[:1], grad.flatten()])[1:].view(
+        grad.shape
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", INCOMING)
+def test_an_incoming_gradient_of_another_kind_is_not_taken_for_a_known_one(kind: str) -> None:
+    x, w, _ = (t.requires_grad_() for t in tensors())
+    plain = torch.randn(2, 6, 19, 19, device="cuda")
+    odd = INCOMING[kind](plain)
+
+    def gradients(function: Callable[..., Tensor], of: list[Tensor], at: Tensor) -> Any:
+        y = function(of[0], of[1], None, 2)
+        return torch.autograd.grad(y, of, at)
+
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    for _ in range(3):  # the first calls make it known
+        for at in (plain, odd):
+            found = gradients(dgrad.conv_transpose2d, [x, w], at)
+            wanted = gradients(F.conv_transpose2d, exact, at.double())
+            theirs = gradients(F.conv_transpose2d, [x, w], at)
+            for each, right, as_pytorch in zip(found, wanted, theirs, strict=True):
+                torch.testing.assert_close(each.double(), right, rtol=1e-2, atol=1e-2)
+                assert each.stride() == as_pytorch.stride()
+
+
+def test_gradients_of_many_vectors_at_once_are_right_after_known_calls() -> None:
+    x, w, _ = (t.requires_grad_() for t in tensors())
+    grads = torch.randn(3, 2, 6, 19, 19, device="cuda")
+
+    def each_of(function: Callable[..., Tensor], of: list[Tensor], at: Tensor) -> list[Any]:
+        y = function(of[0], of[1], None, 2)
+        return [torch.autograd.grad(y, of, one, retain_graph=True) for one in at]
+
+    for _ in range(3):
+        each_of(dgrad.conv_transpose2d, [x, w], grads)
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    wanted = each_of(F.conv_transpose2d, exact, grads.double())
+    with dgrad.flags(fallback="pytorch"):
+        each_of(dgrad.conv_transpose2d, [x, w], grads)
+        y = dgrad.conv_transpose2d(x, w, None, 2)
+        found = torch.autograd.grad(y, (x, w), grads, is_grads_batched=True)
+    for place, all_at_once in enumerate(found):
+        for number, right in enumerate(wanted):
+            torch.testing.assert_close(
+                all_at_once[number].double(), right[place], rtol=1e-2, atol=1e-2
+            )
+
+
+@pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)])
+def test_only_the_gradients_that_are_asked_for_run(asked: tuple[int, ...]) -> None:
+    x, w, b = (t.requires_grad_() for t in tensors())
+    given = [x, w, b]
+    grad = torch.randn(2, 6, 19, 19, device="cuda")
+
+    def step() -> None:
+        y = dgrad.conv_transpose2d(*(t * 1 for t in given), stride=2)  # none is a leaf
+        torch.autograd.grad(y, [given[i] for i in asked], grad)
+
+    step()
+    assert used(step) == 1 + len(asked)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from . import _fallback, config
+from . import _fallback, _loader, config
 from ._call import INPUTS, OUTPUT, Call, call_for, memory_format, unsuited, unusable
 from ._geometry import Geometry, Pair, is_channels_last
 from ._watch import profiling, watchers
@@ -24,7 +24,7 @@ from .config import Flags
 from .planner import plan_cache
 
 if TYPE_CHECKING:
-    from ._core import ReadyCall
+    from ._core import ReadyCall, ReadyGradients
 
 _MAKES = {slot: direction for direction, slot in OUTPUT.items()}
 
@@ -53,7 +53,6 @@ class Recipe(NamedTuple):
     sizes: tuple[Pair, Pair]  # spatial, of the inputs
     memory_format: torch.memory_format
     a_is_channels_last: bool
-    held: object  # lives as long
 
 
 def recipe(
@@ -64,7 +63,6 @@ def recipe(
     size: Pair,
     flags: Flags | None,
     call: Call | None,
-    held: object = None,
 ) -> Recipe:
     """The recipe of :func:`convolution` with the same arguments."""
     return Recipe(
@@ -76,8 +74,38 @@ def recipe(
         (_spatial(a), _spatial(b)),
         memory_format(a, b),
         is_channels_last(a.shape, a.stride()),
-        held,
     )
+
+
+def ready_recipe(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    geometry: Geometry,
+    size: Pair,
+    flags: Flags | None,
+    call: Call,
+    held: object,
+) -> tuple[tuple[Recipe, object], ReadyGradients]:
+    """What a ready call of the direction dgrad keeps for Python, with what must live as long, and
+    how native code takes its gradients where :func:`entered` leaves the tensors as they are."""
+    made = recipe("dgrad", a, b, geometry, size, flags, call)
+    grad = torch.empty(out.shape, device="meta", memory_format=_grad_format(made))
+    gradients: ReadyGradients = _loader.require().ReadyGradients(
+        of=[
+            (first, second, (direction, made.sizes[index], *geometry))
+            for index, (direction, first, second) in enumerate(GRADIENTS["dgrad"])
+        ],
+        flags=flags,
+        a_strides=a.stride(),
+        grad_strides=grad.stride(),
+    )
+    return (made, held), gradients
+
+
+def _grad_format(made: Recipe) -> torch.memory_format:
+    """The layout that PyTorch brings an incoming gradient of dgrad into, as the input has it."""
+    return torch.channels_last if made.a_is_channels_last else torch.contiguous_format
 
 
 def _spatial(tensor: Tensor) -> Pair:
@@ -153,7 +181,7 @@ def unrecorded(
     # Unless a switch was turned meanwhile, by another thread.
     unchanged = state == (direction, size, *geometry, *config.switches(flags))
     if unchanged and config.current() is held:
-        ready = call.ready(lambda: (held, flags))
+        ready = call.ready(lambda: ((held, flags), None))
         if ready is not None:
             plan_cache.keep_ready(a, b, bias, state, ready)
     return result
@@ -186,7 +214,8 @@ def _is_batched(tensor: Tensor) -> bool:
 def _recipe(made: Recipe | ReadyCall) -> Recipe:
     if isinstance(made, Recipe):
         return made
-    recipe: Recipe = made.recipe
+    recipe: Recipe
+    recipe, _ = made.recipe
     return recipe
 
 
@@ -215,8 +244,13 @@ class _Convolution(Function):
         (grad,) = grads
         if grad is None:
             return (None,) * 4
+        saved, ready = ctx.saved_tensors, plan_cache.ready
+        if ready is not None and type(ctx.made) is not Recipe:
+            known = ready.backward(ctx, ctx.made, saved, grad)
+            if known is not None:
+                return known
         made = _recipe(ctx.made)
-        a, b = ctx.saved_tensors
+        a, b = saved
         needed, nodes = ctx.needs_input_grad, ctx.next_functions
         grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
         values = entered(made, a, b, grad.resolve_neg())

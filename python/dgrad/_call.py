@@ -25,7 +25,7 @@ from .exceptions import CudnnError, NotSupportedError, OutOfMemoryError
 from .planner import plan_cache
 
 if TYPE_CHECKING:
-    from ._core import ReadyCall
+    from ._core import ReadyCall, ReadyGradients
 
 DTYPES = {
     torch.float16: "float16",
@@ -214,10 +214,10 @@ class Call:
             raise in_capture(error) from error
         return self(a, b, bias)
 
-    def ready(self, recipe: Callable[[], object]) -> ReadyCall | None:
+    def ready(self, recipe: Callable[[], tuple[object, ReadyGradients | None]]) -> ReadyCall | None:
         """What native code needs to run this again as it last ran here, if it can.
 
-        ``recipe`` makes what Python needs of it.
+        ``recipe`` makes what Python needs of it, and what native code needs of its gradients.
         """
         if torch._C._cuda_getDevice() != self._device:
             return None  # it runs on the current one alone
@@ -231,7 +231,7 @@ class Call:
             make_out = partial(
                 torch.empty_strided, self._out_shape, out.stride(), dtype=self._dtype, device="cuda"
             )
-        return self._single.ready(make_out, recipe())
+        return self._single.ready(make_out, *recipe())
 
     def ran_natively(self) -> bool:
         """Whether native code has run such a call since this was last asked."""

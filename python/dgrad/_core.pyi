@@ -1,6 +1,6 @@
 """The native module: cuDNN's calls, sizes and device pointers as integers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from torch import Tensor, UntypedStorage
@@ -81,6 +81,17 @@ class UseCount:
     def count(self) -> int: ...
 
 @final
+class ReadyGradients:
+    def __init__(
+        self,
+        *,
+        of: Sequence[tuple[int, int, tuple[object, ...]]],
+        flags: object,
+        a_strides: Sequence[int],
+        grad_strides: Sequence[int],
+    ) -> None: ...
+
+@final
 class ReadyCall:
     def __init__(
         self,
@@ -95,6 +106,7 @@ class ReadyCall:
         pytorch_adds_bias: bool,
         uses: UseCount,
         recipe: object,
+        gradients: ReadyGradients | None,
     ) -> None: ...
     @property
     def recipe(self) -> Any: ...
@@ -102,17 +114,30 @@ class ReadyCall:
 @final
 class ReadyCalls:
     def __init__(
-        self, exchange: object, types: tuple[type, ...], current_device: Callable[[], int]
+        self,
+        *,
+        exchange: object,
+        types: tuple[type, ...],
+        current_device: Callable[[], int],
+        flags: Callable[[], object],
+        switches: tuple[Callable[[], object], ...],
+        guards: tuple[tuple[Callable[[], object], object], ...],
+        recording: Callable[[], bool],
+        is_asked: Callable[[Any], bool],
+        is_odd: tuple[Callable[[Tensor], bool], ...],
     ) -> None: ...
     def run(
         self, a: object, b: object, bias: object, state: tuple[object, ...]
     ) -> Tensor | None: ...
-    def find(
-        self, a: object, b: object, bias: object, state: tuple[object, ...]
-    ) -> ReadyCall | None: ...
+    def call(
+        self, a: object, b: object, bias: object, own: tuple[object, ...], flags: object, /
+    ) -> Tensor | ReadyCall | None: ...
     def execute(
-        self, call: ReadyCall, a: Tensor, b: Tensor, bias: Tensor | None
+        self, call: ReadyCall, a: Tensor, b: Tensor, bias: Tensor | None, /
     ) -> Tensor | None: ...
+    def backward(
+        self, context: Any, call: ReadyCall, saved: tuple[Tensor | None, ...], grad: Tensor, /
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None] | None: ...
     def put(
         self, a: Tensor, b: Tensor, bias: Tensor | None, state: tuple[object, ...], call: ReadyCall
     ) -> None: ...

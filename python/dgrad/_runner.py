@@ -28,7 +28,7 @@ from .selection import ADD, FUSED, Selection
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ._core import Plan, Problem, ReadyCall
+    from ._core import Plan, Problem, ReadyCall, ReadyGradients
     from ._measuring import Tensors
 
 
@@ -134,7 +134,12 @@ class Runner:
             assert bias is not None
             x.add_(bias.view(1, -1, 1, 1))
 
-    def ready(self, make_out: Callable[[], Tensor], recipe: object) -> ReadyCall | None:
+    def ready(
+        self,
+        make_out: Callable[[], Tensor],
+        recipe: object,
+        gradients: ReadyGradients | None = None,
+    ) -> ReadyCall | None:
         """What native code needs to run this as it last ran, or None if that is not settled."""
         if self._plan is None or self._provisional or self.use is None:
             return None
@@ -156,6 +161,7 @@ class Runner:
             pytorch_adds_bias=self._bias == ADD,
             uses=use.native,
             recipe=recipe,
+            gradients=gradients,
         )
         return call
 

@@ -262,23 +262,22 @@ _tf32_switch: Callable[[], object] = (
 
 
 _cudnn_enabled = torch._C._get_cudnn_enabled
-_cudnn_deterministic = torch._C._get_cudnn_deterministic
-_deterministic_algorithms = torch._C._get_deterministic_algorithms
+
+# PyTorch's, that bear on a choice.
+SWITCHES: tuple[Callable[[], object], ...] = (
+    _tf32_switch,
+    _cudnn_enabled,
+    torch._C._get_cudnn_deterministic,
+    torch._C._get_deterministic_algorithms,
+)
 
 
 def switches(layer: Flags | None) -> tuple[object, ...]:
-    """All outside its arguments that decides what a call runs, as fast as can be.
+    """All outside its arguments that decides what a call runs, as native code has it too.
 
     Who keeps the tuple must keep ``layer`` and :func:`current` too, which are in it by identity.
     """
-    return (
-        id(layer),
-        id(_flags),
-        _tf32_switch(),
-        _cudnn_enabled(),
-        _cudnn_deterministic(),
-        _deterministic_algorithms(),
-    )
+    return (id(layer), id(_flags), *(switch() for switch in SWITCHES))
 
 
 def tf32_allowed(layer: Flags | None = None) -> bool:

@@ -14,19 +14,15 @@ from torch.autograd import forward_ad
 
 from . import _fallback, config
 from ._arguments import check_sizes, check_tensors
-from ._autograd import convolution, recipe, record
+from ._autograd import convolution, ready_recipe, record
 from ._call import Call, check_numbers, unsuited, unusable
 from ._compiled import compiled
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
 from ._watch import profiling, watchers
 from .planner import plan_cache
 
-# Each call asks these: the way to them would take as long as they do.
-_tracing_state = torch._C._get_tracing_state
-_functorch_stack = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+# Each call asks it: the way to it would take as long as it does.
 _any_autocast = torch._C._is_any_autocast_enabled
-_grad_enabled = torch.is_grad_enabled
 
 
 class _Prepared(NamedTuple):
@@ -88,33 +84,21 @@ def conv_transpose2d(
         return compiled(
             input, weight, bias, stride, padding, output_padding, groups, dilation, flags
         )
-    if (
-        _tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or _functorch_stack() is not None
-        or _dispatch_modes() > 0
-    ):
-        reason = _fallback.at_work()
-        return _pytorch(
-            flags, reason, input, weight, bias, stride, padding, output_padding, groups, dilation
-        )
-    if _any_autocast() and torch.is_autocast_enabled("cuda"):
-        input, weight = autocast(input), autocast(weight)
-        bias = None if bias is None else autocast(bias)
     if flags is not None:
         flags = config.interned(flags)
-    ready, state, held = plan_cache.ready, None, config.current()
+    if _any_autocast() and torch.is_autocast_enabled("cuda") and not _is_transformed():
+        input, weight = autocast(input), autocast(weight)
+        bias = None if bias is None else autocast(bias)
+    own = stride, padding, output_padding, groups, dilation
+    if plan_cache.ready is not None:
+        known = plan_cache.ready.call(input, weight, bias, own, flags)
+        if known is not None:
+            return known if type(known) is Tensor else record(input, weight, bias, known)
+    if _is_transformed():
+        return _pytorch(flags, _fallback.at_work(), input, weight, bias, *own)
+    state, held = None, config.current()
     if plan_cache.exchange is not None and not watchers and not profiling():
-        state = (stride, padding, output_padding, groups, dilation, *config.switches(flags))
-    if ready is not None and state is not None:
-        if not _records(input, weight, bias):
-            result = ready.run(input, weight, bias, state)
-            if result is not None:
-                return result
-        else:
-            call = ready.find(input, weight, bias, state)
-            if call is not None:
-                return record(input, weight, bias, call)
+        state = (*own, *config.switches(flags))
     geometry = Geometry(
         pair(padding, "padding"),
         pair(stride, "stride"),
@@ -122,7 +106,7 @@ def conv_transpose2d(
         groups if type(groups) is int else integer(groups, "groups"),
     )
     output_padding = pair(output_padding, "output_padding")
-    if state is not None and not {int, tuple}.issuperset(map(type, state[:5])):
+    if state is not None and not {int, tuple}.issuperset(map(type, own)):
         # As native code looks it up: a list, for example, has no hash.
         padding, stride, dilation, groups = geometry
         return conv_transpose2d(
@@ -151,27 +135,25 @@ def conv_transpose2d(
     x, weight = enter(input, weight, prepared.appended)
     output = convolution("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, bias)
     # Unless a switch was turned meanwhile, by another thread.
-    unchanged = state is not None and state[5:] == config.switches(flags)
-    if unchanged and config.current() is held and x is input:
+    unchanged = state == (*own, *config.switches(flags))
+    if state is not None and unchanged and config.current() is held and x is input:
         made = partial(
-            recipe, "dgrad", x, weight, geometry, prepared.size, flags, prepared.call, held
+            ready_recipe, x, weight, output, geometry, prepared.size, flags, prepared.call, held
         )
         call = prepared.call.ready(made)
-        if call is not None and state is not None:
+        if call is not None:
             plan_cache.keep_ready(input, weight, bias, state, call)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
-def _records(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether autograd records the call; what is no tensor is told of elsewhere."""
-    if not _grad_enabled():
-        return False
-    try:
-        return (
-            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        )
-    except (AttributeError, torch.fx.proxy.TraceError):
-        return True
+def _is_transformed() -> bool:
+    """Whether a transform or a mode is at work that leaves the call to PyTorch's operator."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _key(

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import _loader
 from ._cache import BoundedCache
 from ._knowledge import Knowledge, everything, forget_all
+from ._ready import ready_calls
 from .config import Policy
 from .measure import CLOSE
 from .selection import ADD, FUSED, Candidate, Selection, format_bytes
@@ -52,10 +52,8 @@ class PlanCache(BoundedCache[Any, Any]):
     ) -> None:
         """Let native code run a call for such tensors while ``state`` is the same."""
         if self.ready is None:
-            types = (torch.Tensor, torch.nn.Parameter)
-            make = _loader.require().ReadyCalls
             try:
-                self.ready = make(self.exchange, types, torch._C._cuda_getDevice)
+                self.ready = ready_calls(self.exchange)
             except ValueError:  # of another version of DLPack: Python runs every call
                 self.exchange = None
                 return
