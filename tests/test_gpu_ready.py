@@ -286,7 +286,7 @@ def dispatched(call: Callable[[Tensor], Tensor], x: Tensor) -> Any:
         return call(x)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit")
 @pytest.mark.parametrize("way", [traced, torch.vmap, differentiated, dispatched, dgrad.explain])
 def test_what_must_see_a_known_call_sees_it(way: Callable[..., Any]) -> None:
     x, w, _ = tensors()

@@ -63,17 +63,18 @@ class Layer:
             raise ValueError(
                 f"out_channels is {self.out_channels}, expected a multiple of groups {self.groups}"
             )
-        x, w = (torch.empty(shape, dtype=self.dtype, device="meta") for shape in self._shapes())
+        x, w = (torch.empty(shape, dtype=self.dtype, device="meta") for shape in self.shapes())
         geometry = Geometry(self.padding, self.stride, self.dilation, self.groups)
         check_sizes(x, w, None, geometry, self.output_padding)
 
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the input and of the weight."""
         weight = (self.input[1], self.out_channels // max(self.groups, 1), *self.kernel)
         return self.input, weight
 
     def explain(self, directions: Sequence[str] = ("dgrad",)) -> Explanation:
         """What runs for it on the current GPU: the forward pass and the wanted gradients."""
-        x, w = (_random(shape, self.dtype, self.channels_last) for shape in self._shapes())
+        x, w = (_random(shape, self.dtype, self.channels_last) for shape in self.shapes())
         x.requires_grad_("fprop" in directions)
         w.requires_grad_("wgrad" in directions)
         return explain(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ _SAMPLE_MS = 2.0  # of device time: far above the resolution of events
 _EAGER_MS = 4.0
 _HOST_MS = 20.0
 _LONG_MS = 50.0  # a call that long is timed once and not thrice
-_MAX_CALLS = 512  # in one graph
+MAX_CALLS = 512  # in one graph
 _MAX_EAGER_CALLS = 200
 _MAX_HOST_CALLS = 20  # few enough for the queue of the GPU
 
@@ -26,34 +27,37 @@ class GraphClock:
     """Times a call on the current CUDA stream, which must not be the default one.
 
     Device time is that of a CUDA graph of many calls, between events, so that nothing of the host
-    is in it. Where the call cannot be captured, calls back to back take the graph's place.
+    is in it. The graph goes round the ``calls``, the same on tensors of their own, so that a call
+    finds in the device's cache what it finds there in a model, and not what the last call left.
+    Where they cannot be captured, calls back to back take the graph's place.
 
     Attributes:
         calls (int): how many are in a sample of device time.
-        problem (str): why the call could not be captured, or None.
+        problem (str): why the calls could not be captured, or None.
     """
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._all = calls
+        self._call = call = calls[0]
         self.problem: str | None = None
         for _ in range(3):  # on the capturing stream, as CUDA graphs ask
             call()
         torch.cuda.synchronize()
         self._eager_ms = self._between(lambda: _repeat(call, 3))[0] / 3
-        self.calls = _count(_SAMPLE_MS, self._eager_ms, _MAX_CALLS)
+        self.calls = _count(_SAMPLE_MS, self._eager_ms, MAX_CALLS)
         try:
             self._batch = self._capture()
             # The host may have been the slower one: then the graph is shorter than it seemed.
             call_ms = self._between(self._batch)[0] / self.calls
-            calls = _count(_SAMPLE_MS, call_ms, _MAX_CALLS)
-            if calls > 2 * self.calls:
-                self.calls = calls
+            count = _count(_SAMPLE_MS, call_ms, MAX_CALLS)
+            if count > 2 * self.calls:
+                self.calls = count
                 self._batch = self._capture()
         except Exception as error:
             # Leaving a failed capture fails too, and hides what failed first.
             words = str(error.__context__ or error).strip().splitlines()
             self.problem = words[0] if words else type(error).__name__
-            self._batch = lambda: _repeat(call, self.calls)
+            self._batch = self._round
 
     def sample(self) -> Sample:
         """Device time a call of each of three samples, then eager and host time of one call."""
@@ -65,13 +69,17 @@ class GraphClock:
         runs = max(3, _count(_HOST_MS, self._eager_ms, _MAX_HOST_CALLS))
         return {"device_ms": device_ms, "eager_ms": eager_ms, "host_us": self._host_us(runs)}
 
+    def _round(self) -> None:
+        for call in islice(cycle(self._all), self.calls):
+            call()
+
     def _long(self) -> bool:
         return self._eager_ms > _LONG_MS
 
     def _capture(self) -> Call:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            _repeat(self._call, self.calls)
+            self._round()
         replay: Call = graph.replay
         return replay
 
@@ -103,9 +111,9 @@ class WallClock:
     calls = 1
     problem = None
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
-        call()
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._call = calls[0]
+        self._call()
 
     def sample(self) -> Sample:
         samples_us = _wall_us(self._call, 3)

@@ -23,8 +23,8 @@ and grad_output are read, their gradients and the bias's are written, and it doe
 multiply-adds. The floors of the two passes are added.
 
 The ceilings are the fastest runs of a large copy (bytes read and written) and of a large matrix
-product in the dtype (float32 with tf32 where convolutions may use it). A tensor that stays in the
-L2 cache from one run to the next moves faster than the copy, so a small layer may pass its floor.
+product in the dtype (float32 with tf32 where convolutions may use it). The output, which is written
+again and again, may stay in the L2 cache, so a small layer may pass its floor.
 """
 
 from __future__ import annotations
