@@ -266,6 +266,6 @@ def test_a_reason_with_other_numbers_is_the_same(caplog: pytest.LogCaptureFixtur
 def test_each_kind_of_warning_is_told_once(caplog: pytest.LogCaptureFixture, file: Path) -> None:
     for number in range(3):
         log.captured(f"problem {number}")
-        log.warn_of_first("spoiled", "entry %s is spoiled", number)
+        log.warn_of_first("entry %s is spoiled", number)
     assert _warnings(caplog)[1] == "entry 0 is spoiled; this is told of the first one only"
     assert len(_warnings(caplog)) == 2

@@ -148,9 +148,9 @@ def _ends_inside_a_line(path: str, size_bytes: int) -> bool:
         return file.read(1) != b"\n"
 
 
-def warn_of_first(kind: str, message: str, *arguments: object) -> None:
-    """One WARNING for the first of what there may be thousands of."""
-    warn_once(kind, message + "; this is told of the first one only", *arguments)
+def warn_of_first(message: str, *arguments: object) -> None:
+    """One WARNING for the first of what there may be thousands of, whatever the arguments."""
+    warn_once(message, message + "; this is told of the first one only", *arguments)
 
 
 def warn_once(about: str, message: str, *arguments: object) -> None:
@@ -195,7 +195,6 @@ def without_gradients(call: str, output: str, found: bool) -> None:
 def captured(problem: object) -> None:
     """One WARNING for problems first met while a CUDA graph is captured."""
     warn_of_first(
-        "captured",
         "nothing can be measured while a CUDA graph is captured: cuDNN's heuristic chooses for "
         "%s; call dgrad.warm_up(model, *inputs) before the capture",
         problem,
