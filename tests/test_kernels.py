@@ -112,6 +112,15 @@ def test_forget_removes_it_and_export_leaves_it_out(
     assert not kept(folder)
 
 
+def test_forget_removes_spoiled_kernels_with_their_entry(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    kept(folder)[0].write_bytes(b"of no problem")
+    assert store.forget("dgrad+bias") == 1
+    assert not kept(folder)
+
+
 def test_forget_finds_the_problem_of_kernels_that_have_no_entry(
     core: StoredCore, folder: Path
 ) -> None:

@@ -6,8 +6,8 @@ entry of the store, in a file of its own.
 
 Note [Kernels]
 The text holds code for the GPU, which cuDNN does not check. So these files are no part of what the
-store exports or loads. They are read only where they and both folders are the user's own and no
-link, and each has a digest of the text and all that it was made for: what was spoiled or exchanged
+store exports or loads. They are read only where they are no links and, as both folders, the user's
+own, and each has a digest of the text and all that it was made for: what was spoiled or exchanged
 is a miss, and cuDNN compiles again.
 
 A file begins with a line that names the version of dgrad, as another one may make another graph,
