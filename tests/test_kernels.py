@@ -17,7 +17,7 @@ import dgrad
 import kernels
 from dgrad import _kernels, _runner, config, store
 from dgrad._runner import Runner
-from fake_cudnn import FakePlan, StoredCore, W, X, Y, names
+from fake_cudnn import FakePlan, StoredCore, W, X, Y, names, real_problem
 from kernels import BIAS, BIASED, FUSED, MARKS, PASS, REFUSED, ROWS, choose, kept, run, warned
 
 pytestmark = MARKS
@@ -109,6 +109,33 @@ def test_forget_removes_it_and_export_leaves_it_out(
     assert store.forget() == 1
     assert list(folder.iterdir()) == []
     assert store.load(tmp_path / "all.json") == 1
+    assert not kept(folder)
+
+
+def test_forget_removes_spoiled_kernels_with_their_entry(
+    core: StoredCore, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    choose(core, monkeypatch, FUSED)
+    kept(folder)[0].write_bytes(b"of no problem")
+    assert store.forget("dgrad+bias") == 1
+    assert not kept(folder)
+
+
+def test_forget_finds_the_problem_of_kernels_that_have_no_entry(
+    core: StoredCore, folder: Path
+) -> None:
+    for layout in ("nchw", "nhwc"):
+        problem = real_problem(x=(2, 2, 7, 9), w=(4, 2, 3, 3), bias=True, layout=layout)
+        candidate = dgrad.Candidate("graph", "eng2", "FMA_MATH", True, 0, bias="fused")
+        _kernels.keep(problem, candidate, FakePlan(core, FUSED, 0, compiled=[b"text"]))
+    assert len(kept(folder)) == 2
+    assert store.list() == []
+    assert store.forget("nch") == 0
+    assert len(kept(folder)) == 2
+    assert store.forget("nhwc x=2x2x7x9") == 0
+    (left,) = kept(folder)
+    assert b" nchw " in left.read_bytes()
+    assert store.forget("dgrad") == 0
     assert not kept(folder)
 
 

@@ -78,10 +78,9 @@ def test_a_record_after_one_that_was_cut_off_begins_on_a_new_line(
     first, cut, *rest = file.read_text().splitlines()
     assert 0 < len(cut) <= 50
     assert _sources([first, *rest]) == ["measured", "stored"]
-    [warning] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    told = f"DGRAD_LOG_FILE {file} cannot be written: "
-    assert warning.getMessage().startswith(told)
-    assert os.strerror(errno.EFBIG) in warning.getMessage()
+    [warning] = _warnings(caplog)
+    assert warning.startswith(f"DGRAD_LOG_FILE {file} cannot be written: ")
+    assert os.strerror(errno.EFBIG) in warning
 
 
 def test_a_pipe_gets_whole_lines(file: Path) -> None:
@@ -93,6 +92,91 @@ def test_a_pipe_gets_whole_lines(file: Path) -> None:
         assert _sources(os.read(reader, 1 << 16).decode().splitlines()) == ["measured", "stored"]
     finally:
         os.close(reader)
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+def test_a_pipe_that_nobody_reads_costs_one_warning(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(file)
+    _select()
+    reader = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    _select("stored")
+    assert _sources(os.read(reader, 1 << 16).decode().splitlines()) == ["stored"]
+    os.close(reader)  # and its writer is not told of that in another way
+    _select()
+    (text,) = _warnings(caplog)
+    assert text.startswith(f"DGRAD_LOG_FILE {file} cannot be written: ")
+
+
+def test_a_pipe_whose_reader_goes_costs_one_warning(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(file)
+    reader, real = os.open(file, os.O_RDONLY | os.O_NONBLOCK), os.write
+
+    def write(descriptor: int, data: bytes) -> int:
+        os.close(reader)
+        return real(descriptor, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        _select()
+    (text,) = _warnings(caplog)
+    assert os.strerror(errno.EPIPE) in text
+
+
+def test_a_pipe_that_is_full_costs_one_warning(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(file)
+    reader = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for _ in range(200):  # it holds 64 KiB
+            _select()
+    finally:
+        os.close(reader)
+    (text,) = _warnings(caplog)
+    assert os.strerror(errno.EAGAIN) in text
+
+
+def test_a_record_after_one_of_which_a_pipe_took_a_part_begins_on_a_new_line(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(file)
+    reader = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    real, room = os.write, [100]
+
+    def write(descriptor: int, data: bytes) -> int:
+        if not room:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return real(descriptor, data[: room.pop()])
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", write)
+            for _ in range(3):
+                _select()
+        _select("stored")
+        _select("heuristic")
+        cut, *whole = os.read(reader, 1 << 16).decode().splitlines()
+    finally:
+        os.close(reader)
+    assert len(cut) == 100
+    assert _sources(whole) == ["stored", "heuristic"]
+
+
+def test_a_device_that_takes_nothing_costs_one_warning(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DGRAD_LOG_FILE", "/dev/full")
+    for _ in range(2):
+        _select()
+    (text,) = _warnings(caplog)
+    assert os.strerror(errno.ENOSPC) in text
 
 
 # --- DGRAD_LOG ----------------------------------------------------------------------------------
@@ -149,7 +233,7 @@ def test_threads_tell_of_one_reason_once(caplog: pytest.LogCaptureFixture) -> No
     def tell_all() -> None:
         gate.wait()
         for number in range(50):
-            log.fallback(f"reason {number}")
+            log.fallback(f"reason{number}")
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -164,3 +248,24 @@ def test_threads_tell_of_one_reason_once(caplog: pytest.LogCaptureFixture) -> No
         sys.setswitchinterval(interval)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == len(set(said)) == 50
+
+
+def test_a_reason_with_other_numbers_is_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    table = "dgrad has no usable candidate for dgrad %s nchw x=%s w=4x8x3x3 padding=%s\n  eng%d"
+    with caplog.at_level(logging.INFO, logger="dgrad"):
+        log._told.clear()
+        for number in range(1, 40):
+            shape = f"{number}x8x{number + 1}x17"
+            log.fallback(table % ("float16", shape, f"0,{number}", number))
+            log.fallback(table % ("float64", shape, f"{number},0", number))
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "float16 nchw x=1x8x2x17" in first
+    assert "float64 nchw x=1x8x2x17" in second
+
+
+def test_each_kind_of_warning_is_told_once(caplog: pytest.LogCaptureFixture, file: Path) -> None:
+    for number in range(3):
+        log.captured(f"problem {number}")
+        log.warn_of_first("entry %s is spoiled", number)
+    assert _warnings(caplog)[1] == "entry 0 is spoiled; this is told of the first one only"
+    assert len(_warnings(caplog)) == 2

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -318,28 +317,6 @@ def test_a_missing_export_and_a_folder_that_cannot_be_written_raise(
     monkeypatch.setenv("DGRAD_STORE", "/dev/null/none")
     with pytest.raises(NotADirectoryError):
         store.load(tmp_path / "export.json")
-
-
-def test_forget_takes_a_part_of_the_problems_text(store_root: Path) -> None:
-    double = make_problem(dtype="float64", tf32=False)
-    for problem in (make_problem(), double, numbered(1)):
-        store.write(problem, CANDIDATES)
-    assert store.forget("float16") == 0
-    assert store.forget("float64") == 1
-    assert store.read(double) is None
-    assert store.forget("x=1x8x") == 1
-    assert store.read(make_problem()) == CANDIDATES
-    assert store.forget() == 1
-    assert store.read(make_problem()) is None
-
-
-def test_forgetting_everything_takes_spoiled_entries_too(
-    store_root: Path, warnings_of_store: Callable[[], list[str]]
-) -> None:
-    file = spoiled(store_root, b"{}")
-    assert store.forget("dgrad") == 0
-    assert store.forget() == 1
-    assert not file.exists()
 
 
 def test_a_negative_knob_is_kept() -> None:

@@ -159,6 +159,26 @@ def test_a_folder_of_another_user_is_refused_with_one_warning(
     assert "belongs to user 12345" in warnings_of_store()[0]
 
 
+@pytest.mark.parametrize("which", ["store_root", "leaf"])
+def test_a_link_to_a_folder_of_another_user_is_refused_with_one_warning(
+    store_root: Path,
+    which: str,
+    monkeypatch: pytest.MonkeyPatch,
+    warnings_of_store: Callable[[], list[str]],
+) -> None:
+    written(store_root)
+    link = store_root if which == "store_root" else store_root / HERE
+    aside = store_root.with_name("aside")
+    os.replace(link, aside)
+    give_away(aside, monkeypatch)
+    link.symlink_to(aside)
+    assert store.read(make_problem()) is None
+    store.write(numbered(1), CANDIDATES)
+    assert store.list() == []
+    (text,) = warnings_of_store()
+    assert "belongs to user 12345" in text
+
+
 def test_a_new_folder_is_not_made_in_the_root_of_another_user(
     store_root: Path, monkeypatch: pytest.MonkeyPatch, warnings_of_store: Callable[[], list[str]]
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dgrad import log, store
+from dgrad import _entries, log, store
 from stored import CANDIDATES, HERE, MARKS, fork, make_problem, numbered, wait
 
 pytestmark = MARKS
@@ -41,7 +41,7 @@ def test_eight_processes_write_at_once(
     os.close(opened)
     assert [wait(child) for child in children] == [0] * 8
     assert len(store.list()) == 1 + 5 + 8
-    assert all(store._FILE.fullmatch(file.name) for file in (store_root / HERE).iterdir())
+    assert all(_entries.FILE.fullmatch(file.name) for file in (store_root / HERE).iterdir())
     assert warnings_of_store() == []
 
 

@@ -47,6 +47,20 @@ def test_a_file_cut_off_anywhere_is_a_miss(
     assert store.read(make_problem()) == CANDIDATES
 
 
+def test_a_thousand_spoiled_entries_cost_one_warning(
+    store_root: Path, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    first = spoiled(store_root, b"{}")
+    assert store.read(make_problem()) is None
+    for number in range(1000):
+        (store_root / HERE / f"{number:032x}.json").write_bytes(b"{}")
+    assert store.list() == []
+    (text,) = warnings_of_store()
+    assert str(first) in text
+    assert text.endswith("; this is told of the first one only")
+    assert len(store.spoiled()) == 1001
+
+
 class Harmful:
     def __reduce__(self) -> Any:
         return os.mkdir, (os.environ["DGRAD_STORE"] + ".harm",)

@@ -213,7 +213,7 @@ def _run_all(
     hidden = not sys.stderr.isatty()
     name = TextColumn("{task.description}", markup=False)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), name)
-    console = Console(stderr=True, quiet=hidden)
+    console = Console(stderr=True, soft_wrap=True, quiet=hidden)
     with Progress(*columns, console=console, disable=hidden) as progress:
         task = progress.add_task("", total=len(wanted))
         for case in wanted:

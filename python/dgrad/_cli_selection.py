@@ -208,7 +208,7 @@ def _run_all(tuning: Tuning, entries: list[Entry]) -> None:
     hidden = not sys.stderr.isatty() or len(entries) == 1
     name = TextColumn("{task.description}", markup=False)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), name)
-    console = Console(stderr=True, quiet=hidden)
+    console = Console(stderr=True, soft_wrap=True, quiet=hidden)
     with (
         Progress(*columns, console=console, disable=hidden) as progress,
         contextlib.redirect_stdout(sys.stderr),  # a model may print

@@ -35,7 +35,7 @@ def read_own(file: Path, most_bytes: int) -> bytes:
             raise ValueError("is not a regular file")
         if status.st_uid != os.geteuid():
             raise ValueError(f"belongs to user {status.st_uid}")
-        return os.read(descriptor, most_bytes)
+        return os.read(descriptor, min(status.st_size, most_bytes))
     finally:
         os.close(descriptor)
 

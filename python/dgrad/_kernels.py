@@ -6,17 +6,20 @@ entry of the store, in a file of its own.
 
 Note [Kernels]
 The text holds code for the GPU, which cuDNN does not check. So these files are no part of what the
-store exports or loads. They are read only where they and both folders are the user's own and no
-link, and each begins with a digest of the text and all that it was made for: what was spoiled or
-exchanged is a miss, and cuDNN compiles again.
+store exports or loads. They are read only where they are no links and, as both folders, the user's
+own, and each has a digest of the text and all that it was made for: what was spoiled or exchanged
+is a miss, and cuDNN compiles again.
+
+A file begins with a line that names the version of dgrad, as another one may make another graph,
+and one with the problem, for who forgets it. The digest follows, a line with the parts' lengths,
+and the parts as they are: to unpack them would cost the first call more than to read them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import zlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 _MAX_BYTES = 16 << 20
 _DIGEST_BYTES = 32
+_OF_A_VERSION = re.compile(rb"dgrad \S+ kernels\n|.{32}\x78\x01", re.DOTALL)  # or zlib's, once
 
 _refused: set[Path] = set()  # files that this process could not use, to be replaced
 
@@ -81,12 +85,11 @@ def keep(problem: Problem, candidate: Candidate, plan: Plan) -> None:
         return
     if not any(compiled):
         return
-    text = json.dumps([part.decode("latin-1") for part in compiled]).encode()
-    packed = zlib.compress(text, 1)  # hundreds of kilobytes else
-    if len(text) <= _MAX_BYTES:
-        data = _digest(problem, candidate, packed) + packed
-        if store.save(problem, name, data) and file is not None:
-            _refused.discard(file)
+    lengths = " ".join(str(len(part)) for part in compiled)
+    body = b"".join([f"{lengths}\n".encode(), *compiled])
+    data = _head(problem) + _digest(problem, candidate, body) + body
+    if len(data) <= _MAX_BYTES and store.save(problem, name, data) and file is not None:
+        _refused.discard(file)
 
 
 def _name(problem: Problem, candidate: Candidate) -> str | None:
@@ -109,11 +112,15 @@ def _read(file: Path, problem: Problem, candidate: Candidate) -> list[bytes]:
     if file in _refused:
         return []
     try:
-        data = read_own(file, _MAX_BYTES)
-        digest, packed = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-        if digest != _digest(problem, candidate, packed):
+        data, head = read_own(file, _MAX_BYTES), _head(problem)
+        if _OF_A_VERSION.match(data) and not data.startswith(_first_line()):
+            _refused.add(file)  # in silence: dgrad was updated
+            return []
+        begin = len(head) + _DIGEST_BYTES
+        body = data[begin:]
+        if data[:begin] != head + _digest(problem, candidate, body):
             raise ValueError("is not what was written")
-        return _unpacked(packed)
+        return _parts(body)
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -121,23 +128,34 @@ def _read(file: Path, problem: Problem, candidate: Candidate) -> list[bytes]:
         return []
 
 
-def _unpacked(packed: bytes) -> list[bytes]:
-    """The parts in what :func:`keep` has packed; ValueError if it has not."""
-    try:
-        text = zlib.decompressobj().decompress(packed, _MAX_BYTES)
-        return [part.encode("latin-1") for part in json.loads(text)]
-    except (zlib.error, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"is not what dgrad packs: {error}") from error
+def _parts(body: bytes) -> list[bytes]:
+    """The parts that :func:`keep` has joined; ValueError if it has not."""
+    lengths, _, joined = body.partition(b"\n")
+    parts, begin = [], 0
+    for length in map(int, lengths.split()):
+        parts.append(joined[begin : begin + length])
+        begin += length
+    if begin != len(joined) or not any(parts):
+        raise ValueError("is not what dgrad joins")
+    return parts
 
 
 def _refuse(file: Path, reason: str) -> None:
     _refused.add(file)
-    log.warn_once(str(file), "the compiled kernels %r are not used: it %s", str(file), reason)
+    log.warn_of_first("the compiled kernels %r are not used: it %s", str(file), reason)
 
 
-def _digest(problem: Problem, candidate: Candidate, packed: bytes) -> bytes:
+def _first_line() -> bytes:
+    return f"dgrad {_loader.require().__version__} kernels\n".encode()
+
+
+def _head(problem: Problem) -> bytes:
+    return _first_line() + f"{text_of(problem)}\n".encode()
+
+
+def _digest(problem: Problem, candidate: Candidate, body: bytes) -> bytes:
     """It holds for this version of dgrad, which makes the graph, and for this GPU and cuDNN."""
-    version = _loader.require().__version__
     folder = _folders.folder_name(problem.device)
-    head = f"{version}\n{folder}\n{text_of(problem)}\n{candidate}\n"
-    return hashlib.sha256(head.encode() + packed).digest()
+    digest = hashlib.sha256(_head(problem) + f"{folder}\n{candidate}\n".encode())
+    digest.update(body)
+    return digest.digest()

@@ -100,7 +100,7 @@ def warm_up(
         inputs, keywords: its arguments, of the shapes, types and layouts that will be used.
         backward: select for the gradients too. Default True.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     progress = Progress(
         SpinnerColumn(),
         TextColumn("selecting {task.fields[count]}"),

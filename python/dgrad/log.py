@@ -1,7 +1,8 @@
 """The logger ``dgrad``, silent until someone listens, and the file of JSON lines.
 
 ``DGRAD_LOG=info|debug`` writes records to stderr; ``DGRAD_LOG_FILE`` names a file that gets one
-JSON object a line for each new selection (``selection.schema.json`` describes it).
+JSON object a line for each new selection (``selection.schema.json`` describes it). It may be a pipe
+that is read meanwhile: what this does not take at once is lost, with one warning.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import sys
 import threading
 from collections import OrderedDict
 from datetime import datetime, timezone
@@ -26,11 +29,27 @@ logger = logging.getLogger("dgrad")
 logger.addHandler(logging.NullHandler())
 
 _warned: dict[str, object] = {}  # what has been warned of
-_told: OrderedDict[object, None] = OrderedDict()  # what was told of once, the last at the end
+_told: OrderedDict[str, None] = OrderedDict()  # kinds of reasons, the last told of at the end
 _telling = threading.Lock()
-_MOST_TOLD = 1024  # a reason can be the table of a problem
+_MOST_TOLD = 1024
+_NUMBER = re.compile(r"(?<!\w)\d[\dx.]*")  # also a shape; no part of a name, as in float16
+
+_cut: set[str] = set()  # pipes of which the last record is there in part
 
 _LEVELS = {"info": logging.INFO, "debug": logging.DEBUG}
+
+
+class _Stderr(logging.Handler):
+    """Writes to what ``sys.stderr`` is by then: while rich shows a progress bar something stands
+    in for it, which puts the record above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
 
 _lock = threading.Lock()
 _followed = ""  # DGRAD_LOG as it was at the last record
@@ -53,7 +72,7 @@ def _configure() -> None:
             if logger.level == _levels[1]:  # the program has not set another one since
                 logger.setLevel(_levels[0])
         if wanted:
-            _handler = logging.StreamHandler()
+            _handler = _Stderr()
             _handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
             logger.addHandler(_handler)
             _levels = (logger.level, _LEVELS.get(wanted, logging.INFO))
@@ -105,24 +124,33 @@ def _write_json(selection: Selection, policy: Policy) -> None:
 
 
 def _append(path: str, line: bytes) -> None:
-    # One write to a file opened for appending: lines of several processes do not mix.
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    # One write to a file opened for appending: lines of several processes do not mix. A pipe that
+    # nobody reads, or that is full, says so at once instead of holding up the caller.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o600)
+    left = line
     try:
-        if _ends_inside_a_line(path, os.fstat(descriptor).st_size):
-            line = b"\n" + line
-        while line:  # a disk that is almost full takes a part, and then says what is wrong
-            line = line[os.write(descriptor, line) :]
+        size_bytes = os.fstat(descriptor).st_size  # 0 of a pipe
+        if _ends_inside_a_line(path, size_bytes) if size_bytes else path in _cut:
+            left = line = b"\n" + line
+        while left:  # a disk that is almost full takes a part, and then says what is wrong
+            left = left[os.write(descriptor, left) :]
     finally:
         os.close(descriptor)
+        if len(left) < len(line):
+            (_cut.add if left else _cut.discard)(path)
 
 
 def _ends_inside_a_line(path: str, size_bytes: int) -> bool:
-    """Whether a record was cut off there, by this process or another; a pipe has no size."""
-    if size_bytes == 0:
-        return False
+    """Whether a record was cut off there, by this process or another."""
     with open(path, "rb") as file:
         file.seek(size_bytes - 1)
         return file.read(1) != b"\n"
+
+
+def warn_of_first(message: str, *arguments: object) -> None:
+    """One WARNING for the first of what there may be thousands of, whatever the arguments."""
+    warn_once(message, message + "; this is told of the first one only", *arguments)
 
 
 def warn_once(about: str, message: str, *arguments: object) -> None:
@@ -132,17 +160,6 @@ def warn_once(about: str, message: str, *arguments: object) -> None:
         _configure()
         # As text: an exception in a record would keep its frames, and their tensors, alive.
         logger.warning(message, *map(str, arguments))
-
-
-def _is_new(what: object) -> bool:
-    """Whether this was not told of, of the last so many things: to one thread of several."""
-    with _telling:
-        new = what not in _told
-        _told[what] = None
-        _told.move_to_end(what)
-        if len(_told) > _MOST_TOLD:
-            _told.popitem(last=False)
-        return new
 
 
 def rejected(problem: object, candidate: Candidate) -> None:
@@ -176,11 +193,8 @@ def without_gradients(call: str, output: str, found: bool) -> None:
 
 
 def captured(problem: object) -> None:
-    """One WARNING for a problem first met while a CUDA graph is captured."""
-    if not _is_new(problem):
-        return
-    _configure()
-    logger.warning(
+    """One WARNING for problems first met while a CUDA graph is captured."""
+    warn_of_first(
         "nothing can be measured while a CUDA graph is captured: cuDNN's heuristic chooses for "
         "%s; call dgrad.warm_up(model, *inputs) before the capture",
         problem,
@@ -188,8 +202,14 @@ def captured(problem: object) -> None:
 
 
 def fallback(reason: str) -> None:
-    """One INFO line, once for each reason: PyTorch's own operator runs."""
-    if not _is_new(reason):
-        return
-    _configure()
-    logger.info("PyTorch's own conv_transpose2d runs: %s", reason)
+    """One INFO line for each kind of reason, whatever its numbers: PyTorch's own operator runs."""
+    kind = _NUMBER.sub("0", reason.partition("\n")[0])  # the rest is the table of a problem
+    with _telling:
+        new = kind not in _told
+        _told[kind] = None
+        _told.move_to_end(kind)
+        if len(_told) > _MOST_TOLD:
+            _told.popitem(last=False)
+    if new:
+        _configure()
+        logger.info("PyTorch's own conv_transpose2d runs: %s", reason)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import builtins  # `list` is a public name of this module
 import os
-import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -26,24 +25,14 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import _folders, log
+from . import _entries, _folders, log
 from ._candidates import other_precision
 from ._claim import claimed
 from ._export import entries_of, exported, joined
-from ._files import make_own, put, read_own
-from ._folders import ABSENT, trusted
+from ._files import make_own, put
 from ._folders import path as path  # public here
-from ._stored import (
-    FOLDER,
-    MAX_BYTES,
-    UNNAMED,
-    decode,
-    durable,
-    encode,
-    file_name,
-    text_of,
-    validated,
-)
+from ._folders import trusted
+from ._stored import UNNAMED, durable, encode, file_name, text_of
 from .exceptions import NOT_ASKED
 from .selection import Candidate
 
@@ -52,11 +41,6 @@ if TYPE_CHECKING:
 
     Candidates = builtins.list[Candidate]
 
-_FILE = re.compile(r"[0-9a-f]{32}\.json")
-_KERNELS = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.kernels")  # see _kernels.py
-_PASSING = re.compile(  # not for long there
-    rf"\.({_FILE.pattern}|{_KERNELS.pattern})\.([0-9a-f]{{16}}\.tmp|lock)"
-)
 _STALE_S = 3600.0  # one of these that is so old was left by a process that died
 
 _swept: set[Path] = set()  # folders whose stale files this process has removed
@@ -65,7 +49,7 @@ _swept: set[Path] = set()  # folders whose stale files this process has removed
 def read(problem: Problem) -> Candidates | None:
     """What is stored of a problem for its GPU and this cuDNN, or None. Raises nothing."""
     folder = _folders.folder_of(problem)
-    entry = _read_entry(folder / file_name(problem), problem) if folder else None
+    entry = _entries.read(folder / file_name(problem), problem) if folder else None
     return entry[1] if entry else None
 
 
@@ -83,7 +67,7 @@ def write(problem: Problem, candidates: Sequence[Candidate]) -> None:
     try:
         save(problem, file_name(problem), encode(problem, kept))
     except ValueError as error:
-        log.warn_once(str(problem), "the selection for %s is not stored: it %s", problem, error)
+        log.warn_of_first("the selection for %s is not stored: it %s", problem, error)
 
 
 def save(problem: Problem, name: str, data: bytes) -> bool:
@@ -109,7 +93,7 @@ def entry_of(problem: Problem) -> str:
 
 def correct(entry: str, problem: Problem, candidates: Sequence[Candidate]) -> None:
     """Write the entry of a problem that an entry withheld candidates of, with one warning."""
-    log.warn_once(entry, "the stored selection %r withheld what can run: it is replaced", entry)
+    log.warn_of_first("the stored selection %r withheld what can run: it is replaced", entry)
     write(problem, candidates)
 
 
@@ -141,7 +125,7 @@ def list() -> builtins.list[dict[str, Any]]:
         OSError: a folder cannot be read. RuntimeError: there is no cuDNN here.
     """
     found = []
-    for file, problem, candidates in _entries(path()):
+    for file, problem, candidates in _entries.entries_of(_entries.folders_of(path())):
         timed = [(c.time_ms, str(c)) for c in candidates if c.time_ms and c.rejected is None]
         time_ms, best = min(timed, default=(None, None))
         entry = {"problem": text_of(problem), "best": best, "time_ms": time_ms}
@@ -156,9 +140,9 @@ def spoiled() -> dict[str, str]:
         OSError: a folder cannot be read. RuntimeError: there is no cuDNN here.
     """
     found = {}
-    for file in _files(path()):
+    for file in _entries.files_of(_entries.folders_of(path())):
         try:
-            _checked(file, None)
+            _entries.checked(file)
         except ValueError as error:
             found[str(file)] = f"it {error}"
     return found
@@ -174,7 +158,7 @@ def export(file: str | os.PathLike[str]) -> int:
     Raises:
         OSError: the file cannot be written. RuntimeError: the store is off, or no cuDNN is here.
     """
-    entries = _entries(_require_path())
+    entries = _entries.entries_of(_entries.folders_of(_require_path()))
     data, count = exported((entry.parent.name, p, candidates) for entry, p, candidates in entries)
     target = Path(file)
     if target.exists() and not target.is_file():
@@ -205,7 +189,7 @@ def load(file: str | os.PathLike[str]) -> int:
     checked = []
     for name, problem, candidates in entries_of(Path(file)):
         folder = root / name
-        stored = _read_entry(folder / file_name(problem), problem) if trusted(folder) else None
+        stored = _entries.read(folder / file_name(problem), problem) if trusted(folder) else None
         data = joined(problem, stored[1] if stored else [], candidates)
         checked.append((folder, file_name(problem), data))
     for folder, name, data in checked:
@@ -214,30 +198,40 @@ def load(file: str | os.PathLike[str]) -> int:
 
 
 def forget(matching: str | None = None) -> int:
-    """Remove entries of every GPU and cuDNN; the number of entries removed.
+    """Remove entries of every GPU and cuDNN, and what cuDNN compiled for their problems; the number
+    of entries removed.
 
     A process that knows a problem already keeps what it knows until ``dgrad.plan_cache.clear()``.
 
     Args:
-        matching: a part of the problem's text as :func:`list` gives it, such as "float16"; with
-            None every entry goes, also those that cannot be read.
+        matching: words of the problem's text as :func:`list` gives it, such as "float16", "dgrad"
+            or "stride=2,2 dilation=1,1": whole ones, so that "float16" leaves bfloat16. With None
+            everything goes, also what cannot be read.
 
     Raises:
-        OSError: a file cannot be removed. RuntimeError: there is no cuDNN here.
+        OSError: some files cannot be removed; it names all of them, and the others are gone.
+        RuntimeError: there is no cuDNN here.
     """
-    if matching is None:
-        files = [
-            folder / name
-            for folder in _all_folders(path())
-            for name in os.listdir(folder)
-            if any(each.fullmatch(name) for each in (_FILE, _KERNELS, _PASSING))
-        ]
-    else:
-        files = [file for file, problem, _ in _entries(path()) if matching in text_of(problem)]
-        files += [kernels for file in files for kernels in file.parent.glob(f"{file.stem}-*")]
-    for file in files:  # the folders stay: another process may be about to write there
-        file.unlink(missing_ok=True)
-    return sum(file.suffix == ".json" for file in files)
+    removed, errors = 0, []
+    for folder in _entries.folders_of(path()):  # which stay: others may be about to write there
+        try:
+            if matching is None:
+                files = _entries.everything(folder)
+            else:
+                files = _entries.matching(folder, matching)
+        except OSError as error:
+            errors.append(error)
+            continue
+        for file in files:
+            try:
+                file.unlink(missing_ok=True)
+                removed += file.suffix == ".json"
+            except OSError as error:
+                errors.append(error)
+    if errors:
+        told = "; ".join(map(str, errors))
+        raise OSError(f"removed {removed} entries, with {len(errors)} errors: {told}")
+    return removed
 
 
 def _require_path() -> Path:
@@ -245,49 +239,6 @@ def _require_path() -> Path:
     if root is None:
         raise RuntimeError("the store is off: DGRAD_STORE can name a folder")
     return root
-
-
-def _all_folders(root: Path | None) -> builtins.list[Path]:
-    names = sorted(os.listdir(root)) if root and trusted(root) else []
-    found = [Path(root or "", name) for name in names if FOLDER.fullmatch(name)]
-    return [folder for folder in found if trusted(folder)]
-
-
-def _files(root: Path | None) -> Iterator[Path]:
-    for folder in _all_folders(root):
-        for name in filter(_FILE.fullmatch, sorted(os.listdir(folder))):
-            yield folder / name
-
-
-def _entries(root: Path | None) -> Iterator[tuple[Path, Problem, Candidates]]:
-    for file in _files(root):
-        entry = _read_entry(file)
-        if entry is not None:
-            yield file, *entry
-
-
-def _read_entry(file: Path, problem: Problem | None = None) -> tuple[Problem, Candidates] | None:
-    """The content of a file, or None: with one warning, unless there is no file."""
-    try:
-        return _checked(file, problem)
-    except ValueError as error:
-        log.warn_once(str(file), "the stored selection %r is not used: it %s", str(file), error)
-    return None
-
-
-def _checked(file: Path, problem: Problem | None) -> tuple[Problem, Candidates] | None:
-    """The content of a file, None if there is none; ValueError if it is not to be used."""
-    try:
-        found = validated(decode(read_own(file, MAX_BYTES + 1)), problem)
-    except OSError as error:
-        if error.errno in ABSENT:
-            return None
-        raise ValueError(f"cannot be read: {error}") from None
-    except RecursionError as error:
-        raise ValueError(str(error)) from None
-    if file.name != file_name(found[0]):
-        raise ValueError("is for another problem")
-    return found
 
 
 def _save(folder: Path, name: str, data: bytes) -> None:
@@ -302,6 +253,6 @@ def _save(folder: Path, name: str, data: bytes) -> None:
 
 def _sweep(folder: Path) -> None:
     """Remove what processes left that died while writing or measuring."""
-    for name in filter(_PASSING.fullmatch, os.listdir(folder)):
+    for name in filter(_entries.PASSING.fullmatch, os.listdir(folder)):
         if time.time() - os.lstat(folder / name).st_mtime > _STALE_S:
             (folder / name).unlink(missing_ok=True)
