@@ -103,26 +103,14 @@ def warm_up(
     console = Console(stderr=True)
     progress = Progress(
         SpinnerColumn(),
-        TextColumn("selecting {task.fields[count]}"),
+        TextColumn("selecting: {task.completed} calls so far"),
         console=console,
         disable=not console.is_terminal,
     )
-    with watching() as events, progress:
-        task = progress.add_task("", count="")
-
-        def show(module: Any, _arguments: Any, _output: Any) -> None:
-            progress.update(task, count=f"{type(module).__name__}: {len(events)} calls so far")
-
-        hooks = [
-            module.register_forward_hook(show)
-            for module in _modules(call)
-            if isinstance(module, torch.nn.ConvTranspose2d)
-        ]
-        try:
-            _rehearse(call, inputs, keywords, backward)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    task = progress.add_task("", total=None)
+    # Told by events: a hook on a layer would have torch.compile compile the model anew.
+    with watching(lambda _: progress.advance(task)) as events, progress:
+        _rehearse(call, inputs, keywords, backward)
     return Explanation(events)
 
 
