@@ -23,19 +23,20 @@ class Explanation:
     """The selections that one run used, in order of first use, and why PyTorch ran the rest.
 
     Attributes:
-        selections (list of Selection): one for each problem; forward before gradients.
+        selections (list of Selection): one for each choice that was made: of a problem's there are
+            several where layers have flags of their own. Forward before gradients.
         notes (list of str): why PyTorch's own operator ran, where it did.
     """
 
     def __init__(self, events: Iterable[Event]) -> None:
-        by_problem: dict[Any, Selection] = {}
+        choices: dict[Any, Selection] = {}
         notes: dict[str, None] = {}
         for event in events:
             if isinstance(event, Selection):
-                by_problem[event.problem] = event
+                choices[event.problem, event.policy, event.chosen] = event
             else:
                 notes[event] = None
-        self.selections = list(by_problem.values())
+        self.selections = list(choices.values())
         self.notes = list(notes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,9 +52,27 @@ class Explanation:
 
     def __str__(self) -> str:
         blocks = [
-            f"{selection.problem}\n{_aligned(selection.table())}" for selection in self.selections
+            f"{selection.problem}{self._under(selection)}\n{_aligned(selection.table())}"
+            for selection in self.selections
         ]
         return "\n\n".join(blocks + self.notes) or "no transposed convolution ran"
+
+    def _under(self, selection: Selection) -> str:
+        """The flags that tell a selection from others of the same problem."""
+        others = [_flags(other) for other in self.selections if other.problem == selection.problem]
+        own = [
+            f"{name}={value!r}"
+            for name, value in _flags(selection).items()
+            if any(flags.get(name, value) != value for flags in others)
+        ]
+        return f" under {', '.join(own)}" if own else ""
+
+
+def _flags(selection: Selection) -> dict[str, Any]:
+    policy = selection.policy
+    if policy is None:
+        return {}
+    return policy._asdict() | {"algorithm": policy.wanted(selection.problem.direction)}
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
@@ -71,8 +90,9 @@ def explain(
     """What runs for ``call(*inputs)``, what was chosen, and why each other candidate was not.
 
     The call is run once, so that a problem that is new is selected as it would be. Gradients,
-    buffers and PyTorch's random numbers stay as they are, and so do the inputs unless the call
-    itself writes to them.
+    buffers, PyTorch's random numbers and the counts of :func:`dgrad.selections` stay as they are,
+    and so do the inputs unless the call itself writes to them. What other threads of the program
+    run meanwhile is not told, nor what the call leaves to threads that were there before.
 
     Args:
         call: a layer, a model, or any function that ends in dgrad's convolutions.
@@ -92,8 +112,7 @@ def warm_up(
     Runs the call once, with gradients for all parameters and inputs that require them, and shows
     progress on a terminal. The output's tensors may be in containers and in attributes of objects;
     a warning says where no gradient could be taken. A function that runs a backward pass itself is
-    left with that one. Gradients, buffers and PyTorch's random numbers stay as they are, and so do
-    the inputs, unless the call itself writes to them.
+    left with that one. What :func:`explain` leaves as it is stays so here too.
 
     Args:
         call: a layer, a model, or a function around one.

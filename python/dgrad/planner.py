@@ -200,6 +200,7 @@ def selection_of(knowledge: Knowledge, policy: Policy, chosen: int, source: str)
         chosen=chosen,
         objections=tuple(objection(c, direction, policy) for c in candidates),
         source=source,
+        policy=policy,
     )
 
 
@@ -213,7 +214,8 @@ def source_of(knowledge: Knowledge, policy: Policy, chosen: int) -> str:
 
 
 def selections() -> list[tuple[Selection, int]]:
-    """All selections of this process that have run, each with how often it was run."""
+    """All selections of this process, each with how often it has run: what :func:`dgrad.explain`
+    and :func:`dgrad.warm_up` run does not count, so it is 0 where nothing else has run it yet."""
     found = []
     for knowledge in everything():
         for policy, use in list(knowledge.ran.items()):

@@ -10,6 +10,7 @@ from .exceptions import NOT_ASKED, THIS_TIME
 
 if TYPE_CHECKING:
     from ._core import Problem
+    from .config import Policy
 
 PROBLEM_FIELDS = (
     "direction",
@@ -135,6 +136,7 @@ class Selection:
         objections: why each candidate may not run under the flags in force, or None.
         source: "forced" by a flag, "heuristic" (cuDNN's order), "measured" in this process, or
             "stored" by an earlier one.
+        policy: the flags in force, with PyTorch's switches read; None where it is not known.
     """
 
     problem: Problem
@@ -142,6 +144,7 @@ class Selection:
     chosen: int
     objections: tuple[str | None, ...]
     source: str
+    policy: Policy | None = None
 
     @property
     def candidate(self) -> Candidate:
