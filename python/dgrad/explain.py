@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.nn.parameter import is_lazy
 
 from . import log
 from ._watch import Event, watching
@@ -91,7 +92,8 @@ def explain(
 
     The call is run once, so that a problem that is new is selected as it would be. Gradients,
     buffers, PyTorch's random numbers and the counts of :func:`dgrad.selections` stay as they are,
-    and so do the inputs unless the call itself writes to them. What other threads of the program
+    and so do the inputs unless the call itself writes to them. Lazy layers are initialized, as by
+    any first call, and take random numbers for that. What other threads of the program
     run meanwhile is not told, nor what the call leaves to threads that were there before.
 
     Args:
@@ -153,7 +155,8 @@ def _rehearse(
         outputs = [t for t in found if t.requires_grad]
         # The first two are in the third, but for what a call does in other threads.
         sources: list[Any] = [t for t in _tensors((inputs, keywords)) if t.requires_grad]
-        sources += [p for m in _modules(call) for p in m.parameters(False) if p.requires_grad]
+        parameters = [p for m in _modules(call) for p in m.parameters(False) if not is_lazy(p)]
+        sources += [p for p in parameters if p.requires_grad]
         sources += _ends(outputs, begin)
         if outputs and sources:
             gradients = [torch.ones_like(t) for t in outputs]
@@ -225,20 +228,33 @@ def _ends(outputs: Iterable[Tensor], begin: int) -> list[GradientEdge]:
 
 @contextmanager
 def _undisturbed(call: object) -> Iterator[None]:
-    """Put buffers and PyTorch's random numbers back to what they were."""
+    """Put buffers and PyTorch's random numbers back to what they were.
+
+    Lazy layers are initialized by a first run, and take random numbers for that. Statistics that
+    have begun with it begin anew: of PyTorch's lazy layers those of the norms alone have buffers.
+    """
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, None if is_lazy(buffer) else buffer.clone())
         for module in _modules(call)
         for name, buffer in module.named_buffers(recurse=False)
     ]
+    begun = {module for module, _, _, before in buffers if before is None}
+    lazy = begun or any(is_lazy(p) for module in _modules(call) for p in module.parameters(False))
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices, enabled=not lazy):
         try:
             yield
         finally:
             for module, name, buffer, before in buffers:
+                if before is None:
+                    continue
                 module._buffers[name] = buffer
                 # .data: a graph that has saved the buffer must not take it for a changed one.
                 if not torch.equal(buffer, before):
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.data.copy_(before)
+            for module in begun:
+                reset, now = getattr(module, "reset_running_stats", None), [*module.buffers(False)]
+                if callable(reset) and not any(map(is_lazy, now)):
+                    with torch.inference_mode(any(b.is_inference() for b in now)):
+                        reset()
