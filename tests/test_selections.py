@@ -132,7 +132,9 @@ def test_a_replaced_candidate_is_announced(start: Start, caplog: pytest.LogCaptu
     assert [line.split()[1] for line in messages(caplog, logging.INFO)] == [
         "legacy:ALGO_1", "legacy:ALGO_0",
     ]  # fmt: skip
-    ((selection, _),) = dgrad.selections()
+    replaced, selection = (selection for selection, _ in dgrad.selections())
+    assert replaced.candidate.name == "legacy:ALGO_1"
+    assert replaced.verdicts()[0] == "chosen; rejected since: no longer"
     assert selection.candidate.name == "legacy:ALGO_0"
 
 

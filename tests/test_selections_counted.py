@@ -11,6 +11,7 @@ import pytest
 
 import dgrad
 from dgrad import _runner, config
+from dgrad._knowledge import Knowledge
 from dgrad._runner import Runner
 from fake_cudnn import HEURISTIC, MIB, REFUSED, FakeProblem, FakeResult, Start, W, X, Y, run
 
@@ -95,11 +96,43 @@ def test_what_native_code_runs_is_counted_for_its_selection(
     assert uses() == {"legacy:ALGO_1": 4, "legacy:ALGO_0": 122}
 
 
-def test_what_takes_the_place_of_a_candidate_is_counted_anew(start: Start) -> None:
+def test_what_takes_the_place_of_a_candidate_is_counted_anew_beside_it(start: Start) -> None:
     core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
-    runner = Runner(FakeProblem(), HEURISTIC)  # type: ignore[arg-type]
+    here, there = Runner(FakeProblem(), HEURISTIC), Runner(FakeProblem(), HEURISTIC)  # type: ignore[arg-type]
     for _ in range(3):
-        runner.run(X, W, Y)
+        here.run(X, W, Y)
+        there.run(X, W, Y)
     core.failing["ALGO_1"] = REFUSED
-    runner.run(X, W, Y)
-    assert uses() == {"legacy:ALGO_0": 1}
+    here.run(X, W, Y)
+    assert uses() == {"legacy:ALGO_1": 6, "legacy:ALGO_0": 1}
+    del core.failing["ALGO_1"]
+    there.run(X, W, Y)  # it knows of no failure, and goes on
+    assert uses() == {"legacy:ALGO_1": 7, "legacy:ALGO_0": 1}
+
+
+def test_selections_stand_in_order_of_first_use_for_good(start: Start) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
+    first, second = FakeProblem(groups=2), FakeProblem()
+
+    def told() -> list[tuple[int, str]]:
+        return [(s.problem.groups, s.candidate.algorithm) for s, _ in dgrad.selections()]
+
+    run(first)
+    run(second)
+    run(first, algorithm="legacy:ALGO_0")
+    wanted = [(2, "ALGO_1"), (1, "ALGO_1"), (2, "ALGO_0")]
+    assert told() == wanted
+    run(second)
+    run(first)
+    core.failing["ALGO_1"] = REFUSED
+    run(first)
+    assert told() == [*wanted, (2, "ALGO_0")]
+
+
+def test_what_is_chosen_again_goes_on_with_its_count() -> None:
+    knowledge = Knowledge(FakeProblem(), [], "measured")  # type: ignore[arg-type]
+    for chosen in (0, 1, 0, 1, 0):
+        use, new = knowledge.has_run(HEURISTIC, chosen, "measured")
+        assert new
+        use.runs += 1
+    assert [(use.chosen, use.count) for use in knowledge.uses] == [(0, 3), (1, 2)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -214,11 +215,17 @@ def source_of(knowledge: Knowledge, policy: Policy, chosen: int) -> str:
 
 
 def selections() -> list[tuple[Selection, int]]:
-    """All selections of this process, each with how often it has run: what :func:`dgrad.explain`
-    and :func:`dgrad.warm_up` run does not count, so it is 0 where nothing else has run it yet."""
+    """All selections of this process in order of first use, each with how often it has run, also
+    those that another has replaced.
+
+    What :func:`dgrad.explain` and :func:`dgrad.warm_up` run does not count: 0 is what nothing else
+    has run yet.
+    """
     found = []
     for knowledge in everything():
-        for policy, use in list(knowledge.ran.items()):
-            found.append((selection_of(knowledge, policy, use.chosen, use.source), use.count))
+        for use in list(knowledge.uses):
+            selection = selection_of(knowledge, use.policy, use.chosen, use.source)
+            found.append((use.number, selection, use.count))
         knowledge.pack()
-    return found
+    found.sort(key=itemgetter(0))
+    return [(selection, count) for _, selection, count in found]

@@ -158,7 +158,7 @@ class Selection:
     def _verdict(self, index: int) -> str:
         candidate, objection = self.candidates[index], self.objections[index]
         if index == self.chosen:
-            return "chosen"
+            return "chosen" if objection is None else f"chosen; rejected since: {objection}"
         slower = self._slower(candidate)
         if objection is not None:
             return f"rejected: {objection}" + (f" ({slower})" if slower else "")
