@@ -58,10 +58,10 @@ class CrowdedCore(FakeCore):
     def Problem(self, **fields: Any) -> Any:
         return _loader.require().Problem(**fields)
 
-    def graph_heuristic(self, problem: Any, operation: str) -> list[FakeEngine]:
+    def graph_heuristic(self, problem: Any, operation: str) -> tuple[list[FakeEngine], list[str]]:
         count = {"convolution": 40, "convolution_identity": 8}[operation]
         chosen = self.random.sample(NAMES, count)
-        return [FakeEngine(name, self.random.choice(self.NOTES)) for name in chosen]
+        return [FakeEngine(name, self.random.choice(self.NOTES)) for name in chosen], []
 
     def legacy_heuristic(self, problem: Any) -> list[FakeResult]:
         return [
