@@ -93,8 +93,10 @@ def explain(
     The call is run once, so that a problem that is new is selected as it would be. Gradients,
     buffers, PyTorch's random numbers and the counts of :func:`dgrad.selections` stay as they are,
     and so do the inputs unless the call itself writes to them. Lazy layers are initialized, as by
-    any first call, and take random numbers for that. What other threads of the program
-    run meanwhile is not told, nor what the call leaves to threads that were there before.
+    any first call, and take random numbers for that.
+
+    The threads that the call starts are told of too. What other threads of the program run
+    meanwhile is not, nor what the call leaves to threads that were there before.
 
     Args:
         call: a layer, a model, or any function that ends in dgrad's convolutions.
