@@ -162,7 +162,8 @@ void bind_graph(py::module_& m) {
     m.def(
         "graph_heuristic",
         [](const dgrad::Problem& problem, const std::string& operation) {
-            return graph::heuristic(problem, graph::parse_operation(operation));
+            auto found = graph::heuristic(problem, graph::parse_operation(operation));
+            return std::pair(std::move(found.engines), std::move(found.refused));
         },
         "problem"_a, "operation"_a, py::call_guard<py::gil_scoped_release>());
     m.def(

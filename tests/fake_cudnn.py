@@ -102,6 +102,7 @@ class FakeCore:
     def __init__(self, *results: FakeResult) -> None:
         self.results: list[FakeResult] | CudnnError = list(results)
         self.engines: dict[str, list[FakeEngine] | CudnnError] = {}  # by operation
+        self.refusing: dict[str, list[str]] = {}  # by operation: modes of the heuristic, and why
         self.failing: dict[str, Exception] = {}  # by plan: raised when it runs
         self.unplannable: dict[str, Exception] = {}  # by plan: raised when it is planned
         self.true_workspace_bytes: dict[str, int] = {}  # where the heuristic's number is wrong
@@ -141,11 +142,13 @@ class FakeCore:
         )
         return FakePlan(self, algorithm, self.true_workspace_bytes.get(algorithm, estimated))
 
-    def graph_heuristic(self, problem: FakeProblem, operation: str) -> list[FakeEngine]:
+    def graph_heuristic(
+        self, problem: FakeProblem, operation: str
+    ) -> tuple[list[FakeEngine], list[str]]:
         engines = self.engines.get(operation, [])
         if isinstance(engines, CudnnError):
             raise engines
-        return engines
+        return engines, self.refusing.get(operation, [])
 
     def keep_for_graphs(self, plan: FakePlan) -> None:
         self.kept_for_graphs.append(plan.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,6 +43,19 @@ def test_the_compiled_engines_stand_behind_the_first_eight(start: Start) -> None
         "eng9", "eng10", "ALGO_1", "ALGO_0",
         "eng22+identity", "eng23+identity",
     ]  # fmt: skip
+
+
+def test_a_heuristic_mode_that_fails_beside_others_is_logged(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = start(convolution=[FakeEngine("eng1")])
+    core.refusing["convolution"] = ["heuristic mode B: cudnnBackendFinalize returned 3000\nand on"]
+    with caplog.at_level(logging.DEBUG, logger="dgrad"):
+        assert [c.algorithm for c in gather(STRICT)] == ["eng1"]
+    assert caplog.messages == [
+        f"rejected graph:engines (DEFAULT_MATH) for {STRICT}: convolution, heuristic mode B: "
+        "cudnnBackendFinalize returned 3000"
+    ]
 
 
 @pytest.mark.parametrize("direction", ["fprop", "wgrad"])

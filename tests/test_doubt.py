@@ -47,7 +47,7 @@ class StoredCore(FakeCore):
     def Problem(self, **fields: Any) -> Any:
         return _loader.require().Problem(**fields)
 
-    def graph_heuristic(self, problem: Any, operation: str) -> list[FakeEngine]:
+    def graph_heuristic(self, problem: Any, operation: str) -> tuple[list[FakeEngine], list[str]]:
         if operation == "convolution":
             self.asked.append(problem.tf32)
         return super().graph_heuristic(problem, operation)

@@ -140,7 +140,7 @@ def test_the_order_is_cudnns_and_the_first_usable_one_runs(selections: list[Sele
     assert len(selections) == 3 * (2 * len(TOLERANCES) - 1)  # float64 is NCHW in both layouts
     for selection in selections:
         core, problem = _loader.require(), selection.problem
-        engines = [e.name for e in core.graph_heuristic(problem, "convolution")]
+        engines = [e.name for e in core.graph_heuristic(problem, "convolution")[0]]
         plain = [c for c in selection.candidates if c.bias in (None, "add")]
         assert [
             c.algorithm for c in plain if c.provider == "graph" and "+" not in c.algorithm

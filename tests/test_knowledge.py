@@ -202,22 +202,27 @@ def test_what_runs_is_new_once_for_each_policy() -> None:
     assert [new for _, new in told] == [True, False, False]
     assert len({id(use) for use, _ in told}) == 1
     assert knowledge.has_run(other, 2, "stored")[1]
-    ran = {policy: (use.chosen, use.source) for policy, use in knowledge.ran.items()}
-    assert ran == {POLICY: (0, "measured"), other: (2, "stored")}
+    uses = [(use.policy, use.chosen, use.source) for use in knowledge.uses]
+    assert uses == [(POLICY, 0, "measured"), (other, 2, "stored")]
 
 
-def test_what_ran_is_forgotten_by_policy_or_by_candidate() -> None:
+def test_what_ran_is_forgotten_by_policy_or_by_candidate_and_its_counts_stay() -> None:
     knowledge = known([*CANDIDATES])
     policies = [POLICY._replace(measure_budget=float(i)) for i in range(3)]
-    for policy, chosen in zip(policies, (0, 2, 0), strict=True):
-        knowledge.has_run(policy, chosen, "measured")
+    choices = list(zip(policies, (0, 2, 0), strict=True))
+
+    def new() -> list[bool]:
+        return [knowledge.has_run(policy, chosen, "measured")[1] for policy, chosen in choices]
+
+    assert new() == [True] * 3
     knowledge.forget(chosen=1)
     knowledge.forget(policy=POLICY._replace(measure_budget=9.0))
-    assert len(knowledge.ran) == 3
+    assert new() == [False] * 3
     knowledge.forget(chosen=0)
-    assert [*knowledge.ran] == [policies[1]]
+    assert new() == [True, False, True]
     knowledge.forget(policy=policies[1])
-    assert knowledge.ran == {}
+    assert new() == [False, True, False]
+    assert [use.policy for use in knowledge.uses] == policies
 
 
 def test_one_thread_of_many_is_told_that_something_is_new() -> None:

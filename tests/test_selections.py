@@ -9,7 +9,6 @@ import json
 import logging
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import dgrad
-from dgrad import _runner, config
+from dgrad import config
 from dgrad._geometry import Geometry, Pair, output_size
 from dgrad._runner import Runner
 from dgrad.exceptions import cudnn_error
@@ -133,53 +132,10 @@ def test_a_replaced_candidate_is_announced(start: Start, caplog: pytest.LogCaptu
     assert [line.split()[1] for line in messages(caplog, logging.INFO)] == [
         "legacy:ALGO_1", "legacy:ALGO_0",
     ]  # fmt: skip
-    ((selection, _),) = dgrad.selections()
+    replaced, selection = (selection for selection, _ in dgrad.selections())
+    assert replaced.candidate.name == "legacy:ALGO_1"
+    assert replaced.verdicts()[0] == "chosen; rejected since: no longer"
     assert selection.candidate.name == "legacy:ALGO_0"
-
-
-def uses() -> dict[str, int]:
-    return {selection.candidate.name: count for selection, count in dgrad.selections()}
-
-
-def test_each_selection_has_a_count_of_its_own(start: Start) -> None:
-    start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
-    run()
-    for _ in range(9):
-        run(algorithm="legacy:ALGO_0")
-    assert uses() == {"legacy:ALGO_1": 1, "legacy:ALGO_0": 9}
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert uses() == {"legacy:ALGO_1": 2, "legacy:ALGO_0": 9}
-
-
-def test_what_native_code_runs_is_counted_for_its_selection(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
-    native = SimpleNamespace(
-        UseCount=lambda: SimpleNamespace(count=0), ReadyCall=lambda **fields: fields
-    )
-    monkeypatch.setattr(_runner, "_loader", SimpleNamespace(require=lambda: native))
-    forced = config.policy(dgrad.Flags(selection="heuristic", algorithm="legacy:ALGO_0"))
-    calls: list[Any] = []
-    for policy in (HEURISTIC, forced, forced):
-        runner = Runner(FakeProblem(), policy)  # type: ignore[arg-type]
-        runner.run(X, W, Y)
-        calls.append(runner.ready(lambda: X, None))
-    for call, count in zip(calls, (3, 20, 100), strict=True):
-        call["uses"].count += count
-    assert uses() == {"legacy:ALGO_1": 4, "legacy:ALGO_0": 122}
-
-
-def test_what_takes_the_place_of_a_candidate_is_counted_anew(start: Start) -> None:
-    core = start(FakeResult("ALGO_1"), FakeResult("ALGO_0"))
-    runner = Runner(FakeProblem(), HEURISTIC)  # type: ignore[arg-type]
-    for _ in range(3):
-        runner.run(X, W, Y)
-    core.failing["ALGO_1"] = REFUSED
-    runner.run(X, W, Y)
-    assert uses() == {"legacy:ALGO_0": 1}
 
 
 def test_a_cudnn_that_does_not_start_is_no_fault_of_the_candidates(start: Start) -> None:

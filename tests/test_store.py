@@ -73,10 +73,10 @@ def test_all_that_gather_names_is_stored(
             )
         return names
 
-    def engines(problem: Any, operation: str) -> list[Any]:
+    def engines(problem: Any, operation: str) -> tuple[list[Any], list[str]]:
         names = {"convolution": ["eng5", "eng0_k2=3"], "bias_rows": ["eng1", "eng2_k24=4"]}
         found = answer(operation, names.get(operation, ["eng7"]))
-        return [SimpleNamespace(name=name, notes=["TENSOR_CORE"]) for name in found]
+        return [SimpleNamespace(name=name, notes=["TENSOR_CORE"]) for name in found], []
 
     core = _loader.require()
     fake = SimpleNamespace(

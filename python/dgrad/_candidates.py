@@ -8,7 +8,7 @@ from dataclasses import replace
 from sys import intern
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import _loader
+from . import _loader, log
 from .exceptions import (
     NOT_ASKED,
     CudnnError,
@@ -133,15 +133,14 @@ def other_precision(problem: Problem) -> Problem:
 def _engines(problem: Problem, operation: str) -> list[Candidate]:
     """The engines that cuDNN's heuristics name for a graph, as candidates without a bias."""
     try:
-        engines = _loader.require().graph_heuristic(problem, operation)
+        engines, refused = _loader.require().graph_heuristic(problem, operation)
     except CudnnNotInitializedError:
         raise
     except CudnnError as error:  # the legacy algorithms may run
-        return [
-            Candidate(
-                "graph", "engines", "DEFAULT_MATH", False, 0, rejected=reason_of(error, NOT_ASKED)
-            )
-        ]
+        return [_no_engines(reason_of(error, NOT_ASKED))]
+    for mode in refused:  # whose engines the candidates lack
+        reason, *_ = mode.splitlines()
+        log.rejected(problem, _no_engines(f"{operation}, {reason}"))
     return [
         Candidate(
             "graph",
@@ -153,6 +152,10 @@ def _engines(problem: Problem, operation: str) -> list[Candidate]:
         )
         for engine in engines
     ]
+
+
+def _no_engines(reason: str) -> Candidate:
+    return Candidate("graph", "engines", "DEFAULT_MATH", False, 0, rejected=reason)
 
 
 def _math_type(notes: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from . import store
@@ -33,14 +34,20 @@ if TYPE_CHECKING:
 _FIELDS = [field.name for field in fields(Candidate)]
 
 
+_numbers = count()
+
+
 class Use:
-    """What runs a problem under one policy, and how often it did: by Python and by native code."""
+    """What was chosen for a problem under one policy, and how often it ran: by Python and by
+    native code."""
 
-    __slots__ = ("chosen", "native", "runs", "source")
+    __slots__ = ("chosen", "native", "number", "policy", "runs", "source")
 
-    def __init__(self, chosen: int, source: str) -> None:
+    def __init__(self, policy: Policy, chosen: int, source: str) -> None:
+        self.policy = policy
         self.chosen = chosen  # its index
         self.source = source
+        self.number = next(_numbers)  # in order of first use, of all problems
         self.runs = 0
         self.native: UseCount | None = None
 
@@ -63,13 +70,14 @@ class Knowledge:
     __slots__ = (
         "_candidates",
         "_lock",
+        "_now",
         "_packed",
         "believed",
         "doubted",
         "measuring",
         "problem",
-        "ran",
         "source",
+        "uses",
     )
 
     def __init__(self, problem: Problem, candidates: list[Candidate], source: str) -> None:
@@ -77,7 +85,10 @@ class Knowledge:
         self.source = source  # of the times: "stored" or "measured"
         self.believed = source == "stored"  # whether something of it was read from the store
         self.doubted: str | None = None  # the entry in spite of which cuDNN was asked: Note [Doubt]
-        self.ran: dict[Policy, Use] = {}
+        # All choices, in order of first use: another thread may go on with one that has been
+        # replaced. They are few, as a candidate that fails is not chosen again.
+        self.uses: list[Use] = []
+        self._now: dict[Policy, Use] = {}  # those in force
         self.measuring = threading.Lock()  # so that one thread measures
         self._candidates: list[Candidate] | None = candidates
         self._packed = b""  # the same in few bytes, or empty where they have changed
@@ -192,16 +203,22 @@ class Knowledge:
     def has_run(self, policy: Policy, chosen: int, source: str) -> tuple[Use, bool]:
         """Note what runs under a policy; the note that counts it, and whether that is new."""
         with self._lock:
-            use = self.ran.get(policy)
-            new = use is None or use.chosen != chosen
-            if use is None or new:
-                use = self.ran[policy] = Use(chosen, source)
-        return use, new
+            use = self._now.get(policy)
+            if use is not None and use.chosen == chosen:
+                return use, False
+            wanted = policy, chosen, source
+            before = (u for u in self.uses if (u.policy, u.chosen, u.source) == wanted)
+            use = next(before, None)
+            if use is None:
+                use = Use(policy, chosen, source)
+                self.uses.append(use)
+            self._now[policy] = use
+            return use, True
 
     def forget(self, policy: Policy | None = None, chosen: int | None = None) -> None:
-        """Forget what ran under a policy, or what chose a candidate."""
+        """What ran under a policy, or what chose a candidate, is in force no longer."""
         with self._lock:
-            self.ran = {p: u for p, u in self.ran.items() if p != policy and u.chosen != chosen}
+            self._now = {p: u for p, u in self._now.items() if p != policy and u.chosen != chosen}
 
 
 def pack(candidates: list[Candidate]) -> bytes:

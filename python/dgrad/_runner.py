@@ -16,7 +16,7 @@ from ._candidates import make_plan, other_precision, pass_operation
 from ._knowledge import Use, knowledge_of
 from ._measuring import FAILURES, UNPLANNABLE, Measuring, timing_policy
 from ._refusal import nothing_usable, reason
-from ._watch import note, profiling, watchers
+from ._watch import note, profiling, watched, watchers
 from .config import Policy
 from .exceptions import (
     CudnnError,
@@ -100,10 +100,11 @@ class Runner:
                 continue
             if self.use is None:
                 self.use = self._announce()
-            self.use.runs += 1
-            if watchers:
+            if watchers and watched():  # a rehearsal, which does not count
                 note(self.selection())
                 self._knowledge.pack()
+            else:
+                self.use.runs += 1
             return
 
     def _execute(

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+from torch.nn.parameter import is_lazy
 
 from . import log
 from ._watch import Event, watching
@@ -23,19 +24,20 @@ class Explanation:
     """The selections that one run used, in order of first use, and why PyTorch ran the rest.
 
     Attributes:
-        selections (list of Selection): one for each problem; forward before gradients.
+        selections (list of Selection): one for each choice that was made: of a problem's there are
+            several where layers have flags of their own. Forward before gradients.
         notes (list of str): why PyTorch's own operator ran, where it did.
     """
 
     def __init__(self, events: Iterable[Event]) -> None:
-        by_problem: dict[Any, Selection] = {}
+        choices: dict[Any, Selection] = {}
         notes: dict[str, None] = {}
         for event in events:
             if isinstance(event, Selection):
-                by_problem[event.problem] = event
+                choices[event.problem, event.policy, event.chosen] = event
             else:
                 notes[event] = None
-        self.selections = list(by_problem.values())
+        self.selections = list(choices.values())
         self.notes = list(notes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,9 +53,27 @@ class Explanation:
 
     def __str__(self) -> str:
         blocks = [
-            f"{selection.problem}\n{_aligned(selection.table())}" for selection in self.selections
+            f"{selection.problem}{self._under(selection)}\n{_aligned(selection.table())}"
+            for selection in self.selections
         ]
         return "\n\n".join(blocks + self.notes) or "no transposed convolution ran"
+
+    def _under(self, selection: Selection) -> str:
+        """The flags that tell a selection from others of the same problem."""
+        others = [_flags(other) for other in self.selections if other.problem == selection.problem]
+        own = [
+            f"{name}={value!r}"
+            for name, value in _flags(selection).items()
+            if any(flags.get(name, value) != value for flags in others)
+        ]
+        return f" under {', '.join(own)}" if own else ""
+
+
+def _flags(selection: Selection) -> dict[str, Any]:
+    policy = selection.policy
+    if policy is None:
+        return {}
+    return policy._asdict() | {"algorithm": policy.wanted(selection.problem.direction)}
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
@@ -71,8 +91,12 @@ def explain(
     """What runs for ``call(*inputs)``, what was chosen, and why each other candidate was not.
 
     The call is run once, so that a problem that is new is selected as it would be. Gradients,
-    buffers and PyTorch's random numbers stay as they are, and so do the inputs unless the call
-    itself writes to them.
+    buffers, PyTorch's random numbers and the counts of :func:`dgrad.selections` stay as they are,
+    and so do the inputs unless the call itself writes to them. Lazy layers are initialized, as by
+    any first call, and take random numbers for that.
+
+    The threads that the call starts are told of too. What other threads of the program run
+    meanwhile is not, nor what the call leaves to threads that were there before.
 
     Args:
         call: a layer, a model, or any function that ends in dgrad's convolutions.
@@ -92,8 +116,7 @@ def warm_up(
     Runs the call once, with gradients for all parameters and inputs that require them, and shows
     progress on a terminal. The output's tensors may be in containers and in attributes of objects;
     a warning says where no gradient could be taken. A function that runs a backward pass itself is
-    left with that one. Gradients, buffers and PyTorch's random numbers stay as they are, and so do
-    the inputs, unless the call itself writes to them.
+    left with that one. What :func:`explain` leaves as it is stays so here too.
 
     Args:
         call: a layer, a model, or a function around one.
@@ -103,26 +126,14 @@ def warm_up(
     console = Console(stderr=True, soft_wrap=True)
     progress = Progress(
         SpinnerColumn(),
-        TextColumn("selecting {task.fields[count]}"),
+        TextColumn("selecting: {task.completed} calls so far"),
         console=console,
         disable=not console.is_terminal,
     )
-    with watching() as events, progress:
-        task = progress.add_task("", count="")
-
-        def show(module: Any, _arguments: Any, _output: Any) -> None:
-            progress.update(task, count=f"{type(module).__name__}: {len(events)} calls so far")
-
-        hooks = [
-            module.register_forward_hook(show)
-            for module in _modules(call)
-            if isinstance(module, torch.nn.ConvTranspose2d)
-        ]
-        try:
-            _rehearse(call, inputs, keywords, backward)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    task = progress.add_task("", total=None)
+    # Told by events: a hook on a layer would have torch.compile compile the model anew.
+    with watching(lambda _: progress.advance(task)) as events, progress:
+        _rehearse(call, inputs, keywords, backward)
     return Explanation(events)
 
 
@@ -146,7 +157,8 @@ def _rehearse(
         outputs = [t for t in found if t.requires_grad]
         # The first two are in the third, but for what a call does in other threads.
         sources: list[Any] = [t for t in _tensors((inputs, keywords)) if t.requires_grad]
-        sources += [p for m in _modules(call) for p in m.parameters(False) if p.requires_grad]
+        parameters = [p for m in _modules(call) for p in m.parameters(False) if not is_lazy(p)]
+        sources += [p for p in parameters if p.requires_grad]
         sources += _ends(outputs, begin)
         if outputs and sources:
             gradients = [torch.ones_like(t) for t in outputs]
@@ -218,20 +230,33 @@ def _ends(outputs: Iterable[Tensor], begin: int) -> list[GradientEdge]:
 
 @contextmanager
 def _undisturbed(call: object) -> Iterator[None]:
-    """Put buffers and PyTorch's random numbers back to what they were."""
+    """Put buffers and PyTorch's random numbers back to what they were.
+
+    Lazy layers are initialized by a first run, and take random numbers for that. Statistics that
+    have begun with it begin anew: of PyTorch's lazy layers those of the norms alone have buffers.
+    """
     buffers = [
-        (module, name, buffer, buffer.clone())
+        (module, name, buffer, None if is_lazy(buffer) else buffer.clone())
         for module in _modules(call)
         for name, buffer in module.named_buffers(recurse=False)
     ]
+    begun = {module for module, _, _, before in buffers if before is None}
+    lazy = begun or any(is_lazy(p) for module in _modules(call) for p in module.parameters(False))
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices, enabled=not lazy):
         try:
             yield
         finally:
             for module, name, buffer, before in buffers:
+                if before is None:
+                    continue
                 module._buffers[name] = buffer
                 # .data: a graph that has saved the buffer must not take it for a changed one.
                 if not torch.equal(buffer, before):
                     with torch.inference_mode(buffer.is_inference()):
                         buffer.data.copy_(before)
+            for module in begun:
+                reset, now = getattr(module, "reset_running_stats", None), [*module.buffers(False)]
+                if callable(reset) and not any(map(is_lazy, now)):
+                    with torch.inference_mode(any(b.is_inference() for b in now)):
+                        reset()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,26 +122,33 @@ def objection(candidate: Candidate, direction: str, policy: Policy) -> str | Non
 
 def preference(candidates: list[Candidate], direction: str, policy: Policy) -> list[int]:
     """The candidates that may run, best first."""
-    usable = [i for i, c in enumerate(candidates) if objection(c, direction, policy) is None]
     wanted = policy.wanted(direction)
+    places: dict[int, list[int]] = {}
+    for i, candidate in enumerate(candidates):
+        if objection(candidate, direction, policy) is None:
+            places.setdefault(_place(candidate, wanted) or 0, []).append(i)
+    if policy.selection != "heuristic":
+        places = {place: _by_time(candidates, usable) for place, usable in places.items()}
+    return [i for place in sorted(places) for i in places[place]]
+
+
+def _by_time(candidates: Sequence[Candidate], usable: Iterable[int]) -> list[int]:
+    """Best first: candidates of which none was asked for before another."""
     alike = _alike(candidates, usable)
 
     def rank(i: int) -> tuple[float, ...]:
         candidate, time = candidates[i], candidates[i].time_ms
-        place = _place(candidate, wanted) or 0
-        if policy.selection == "heuristic":
-            return place, i
         if time is None:
-            return place, 2, i
+            return 2, i
         if i not in alike:
-            return place, 1, time
+            return 1, time
         # Between equals the deterministic one and then the smaller workspace wins.
-        return place, 0, not candidate.deterministic, candidate.workspace_bytes, i
+        return 0, not candidate.deterministic, candidate.workspace_bytes, i
 
     return sorted(usable, key=rank)
 
 
-def _alike(candidates: list[Candidate], usable: list[int]) -> list[int]:
+def _alike(candidates: Sequence[Candidate], usable: Iterable[int]) -> list[int]:
     """The fastest, and those that times do not tell from it."""
     fastest = _within(_NOISE, decisive_ms(candidates, usable))
     return _within(_HOST_NOISE, {i: candidates[i].time_ms or 0.0 for i in fastest})
@@ -198,7 +206,52 @@ def selection_of(knowledge: Knowledge, policy: Policy, chosen: int, source: str)
         chosen=chosen,
         objections=tuple(objection(c, direction, policy) for c in candidates),
         source=source,
+        policy=policy,
+        behind=_behind(candidates, direction, policy, chosen, source),
     )
+
+
+def _behind(
+    candidates: Sequence[Candidate], direction: str, policy: Policy, chosen: int, source: str
+) -> tuple[str | None, ...]:
+    """Why each candidate that may run stands behind the chosen one."""
+    wanted, winner = policy.wanted(direction), candidates[chosen]
+    places = {
+        i: _place(c, wanted) or 0
+        for i, c in enumerate(candidates)
+        if i == chosen or objection(c, direction, policy) is None
+    }
+    rivals = [i for i, place in places.items() if place == places[chosen]]
+    by_order = "heuristic" in (policy.selection, source) or winner.time_ms is None
+    ranked = rivals if by_order else _by_time(candidates, rivals)
+    alike = _alike(candidates, rivals)
+
+    def why(i: int) -> str:
+        candidate = candidates[i]
+        if places[i] > places[chosen]:
+            return "later in the order asked for"
+        if i not in ranked or ranked.index(i) < ranked.index(chosen):
+            return "known since"
+        if candidate.skipped and policy.selection != "heuristic":
+            return "not timed: the budget was spent"
+        if by_order:
+            return "later in cuDNN's order"
+        if candidate.time_ms is None:
+            return "not timed"
+        if i in alike:
+            return f"within the noise{_tie(candidate, winner)}"
+        if candidate.device_ms is None and winner.device_ms is not None:
+            return "not timed on the device"
+        dearer = candidate.time_ms > (winner.time_ms or 0.0)
+        return f"{'it' if dearer else 'its kind'} costs the host more"
+
+    return tuple(why(i) if i in places and i != chosen else None for i, _ in enumerate(candidates))
+
+
+def _tie(candidate: Candidate, winner: Candidate) -> str:
+    if winner.deterministic and not candidate.deterministic:
+        return " and not deterministic"
+    return " and with a larger workspace" * (candidate.workspace_bytes > winner.workspace_bytes)
 
 
 def source_of(knowledge: Knowledge, policy: Policy, chosen: int) -> str:
@@ -211,10 +264,17 @@ def source_of(knowledge: Knowledge, policy: Policy, chosen: int) -> str:
 
 
 def selections() -> list[tuple[Selection, int]]:
-    """All selections of this process that have run, each with how often it was run."""
+    """All selections of this process in order of first use, each with how often it has run, also
+    those that another has replaced.
+
+    What :func:`dgrad.explain` and :func:`dgrad.warm_up` run does not count: 0 is what nothing else
+    has run yet.
+    """
     found = []
     for knowledge in everything():
-        for policy, use in list(knowledge.ran.items()):
-            found.append((selection_of(knowledge, policy, use.chosen, use.source), use.count))
+        for use in list(knowledge.uses):
+            selection = selection_of(knowledge, use.policy, use.chosen, use.source)
+            found.append((use.number, selection, use.count))
         knowledge.pack()
-    return found
+    found.sort(key=itemgetter(0))
+    return [(selection, count) for _, selection, count in found]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from .exceptions import NOT_ASKED, THIS_TIME
 
 if TYPE_CHECKING:
     from ._core import Problem
+    from .config import Policy
 
 PROBLEM_FIELDS = (
     "direction",
@@ -33,7 +33,6 @@ FUSED = "fused"  # by the engine that convolves
 ADD = "add"  # by PyTorch
 IDENTITY = "+identity"  # ends the name of an engine that runs a convolution and a copy as one
 
-_ORDER = "cuDNN's order"
 _FASTER = 0.9995  # times closer than this are shown as the same
 
 
@@ -135,6 +134,9 @@ class Selection:
         objections: why each candidate may not run under the flags in force, or None.
         source: "forced" by a flag, "heuristic" (cuDNN's order), "measured" in this process, or
             "stored" by an earlier one.
+        policy: the flags in force, with PyTorch's switches read; None where it is not known.
+        behind: why each candidate that may run stands behind the chosen one, where its time does
+            not say it, or None.
     """
 
     problem: Problem
@@ -142,6 +144,8 @@ class Selection:
     chosen: int
     objections: tuple[str | None, ...]
     source: str
+    policy: Policy | None = None
+    behind: tuple[str | None, ...] = ()
 
     @property
     def candidate(self) -> Candidate:
@@ -155,29 +159,22 @@ class Selection:
     def _verdict(self, index: int) -> str:
         candidate, objection = self.candidates[index], self.objections[index]
         if index == self.chosen:
-            return "chosen"
+            return "chosen" if objection is None else f"chosen; rejected since: {objection}"
         slower = self._slower(candidate)
         if objection is not None:
             return f"rejected: {objection}" + (f" ({slower})" if slower else "")
         if slower:
-            return slower + self._although_faster(candidate)
-        return "not timed: the budget was spent" if candidate.skipped else self._later()
+            return slower + self._although_faster(index)
+        return self._behind(index) or "not chosen"
 
-    def _later(self) -> str:
-        return f"later in {'the order asked for' if self.source == 'forced' else _ORDER}"
+    def _behind(self, index: int) -> str | None:
+        return self.behind[index] if self.behind else None
 
-    def _although_faster(self, candidate: Candidate) -> str:
+    def _although_faster(self, index: int) -> str:
         """Why a candidate that may run and is faster was not chosen."""
-        if (self._ratio(candidate) or 1.0) >= 1.0:
-            return ""
-        if self.source in ("forced", "heuristic"):
-            return f", {self._later()}"
-        why = ", within the noise"
-        if self.candidate.deterministic and not candidate.deterministic:
-            return f"{why} and not deterministic"
-        if candidate.workspace_bytes > self.candidate.workspace_bytes:
-            return f"{why} and with a larger workspace"
-        return why
+        why = self._behind(index)
+        faster = (self._ratio(self.candidates[index]) or 1.0) < 1.0
+        return f", {why}" if faster and why else ""
 
     def _slower(self, candidate: Candidate) -> str | None:
         """How the candidate's time compares with the chosen one's, where both are known."""
@@ -190,19 +187,22 @@ class Selection:
         return f"{on_device} on the device, {slower} with the host's share"
 
     def _runner_up(self) -> str:
-        others = [
-            candidate
+        others = {
+            index: candidate
             for index, candidate in enumerate(self.candidates)
             if index != self.chosen
             and self.objections[index] is None
             and candidate.time_ms is not None
-        ]
+        }
         if not others or self.candidate.time_ms is None:
             return ""
-        second = min(others, key=lambda candidate: candidate.time_ms or 0.0)
-        if self.candidate.device_ms is not None and second.device_ms is not None:  # these decide
-            second = min(others, key=lambda c: math.inf if c.device_ms is None else c.device_ms)
-        return f", next {second} {self._slower(second)}{self._although_faster(second)}"
+        times = {i: c.time_ms or 0.0 for i, c in others.items()}
+        on_device = {i: d for i, c in others.items() if (d := c.device_ms) is not None}
+        if self.candidate.device_ms is not None and on_device:  # these decide
+            times = on_device
+        index = min(times, key=times.__getitem__)
+        second = others[index]
+        return f", next {second} {self._slower(second)}{self._although_faster(index)}"
 
     def _over_limit(self) -> str:
         """What a larger workspace_limit would bring, where that was measured."""

@@ -23,8 +23,8 @@ constexpr std::array<const char*, 10> note_names{"TENSOR_CORE",
                                                  "WINOGRAD_TILE_6x6",
                                                  "WINOGRAD_TILE_13x13",
                                                  "STRICT_NAN_PROP"};
-constexpr std::array<cudnnBackendHeurMode_t, 3> modes{CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_B,
-                                                      CUDNN_HEUR_MODE_FALLBACK};
+constexpr std::array<std::pair<cudnnBackendHeurMode_t, const char*>, 3> modes{
+    {{CUDNN_HEUR_MODE_A, "A"}, {CUDNN_HEUR_MODE_B, "B"}, {CUDNN_HEUR_MODE_FALLBACK, "fallback"}}};
 constexpr std::size_t most_notes = 64;
 constexpr std::int64_t most_knobs = 64;
 
@@ -103,11 +103,12 @@ std::vector<Descriptor> configs(const OperationGraph& graph, cudnnBackendHeurMod
 
 }  // namespace
 
-std::vector<Engine> heuristic(const Problem& problem, Operation operation) {
+Heuristic heuristic(const Problem& problem, Operation operation) {
     const OperationGraph graph = make_operation_graph(problem, operation);
-    std::vector<Engine> engines;
-    std::optional<CudnnError> refused;
-    for (const cudnnBackendHeurMode_t mode : modes) {
+    Heuristic found;
+    std::vector<Engine>& engines = found.engines;
+    std::optional<CudnnError> first;
+    for (const auto& [mode, mode_name] : modes) {
         try {
             for (const Descriptor& config : configs(graph, mode)) {
                 std::string name = to_text(identity_of(config));
@@ -117,11 +118,13 @@ std::vector<Engine> heuristic(const Problem& problem, Operation operation) {
                 if (!known) engines.push_back({std::move(name), numerical_notes(config)});
             }
         } catch (const CudnnError& error) {  // another mode may have an answer
-            if (!refused) refused.emplace(error);
+            if (!first) first.emplace(error);
+            found.refused.push_back(std::string("heuristic mode ") + mode_name + ": " +
+                                    error.what());
         }
     }
-    if (engines.empty() && refused) throw CudnnError(*refused);
-    return engines;
+    if (engines.empty() && first) throw CudnnError(*first);
+    return found;
 }
 
 Descriptor engine_config(const OperationGraph& graph, const std::string& name) {

@@ -17,8 +17,13 @@ struct Engine {
     std::vector<std::string> notes;  // cuDNN's numerical notes, such as "TENSOR_CORE"
 };
 
-// Heuristic modes A, B and fallback, best first, each engine once. Needs the device.
-std::vector<Engine> heuristic(const Problem& problem, Operation operation);
+struct Heuristic {
+    std::vector<Engine> engines;       // best first, each once
+    std::vector<std::string> refused;  // the modes that failed while another answered, and why
+};
+
+// What cuDNN's heuristic modes A, B and fallback name; CudnnError where all fail. Needs the device.
+Heuristic heuristic(const Problem& problem, Operation operation);
 
 // The finalized configuration of a named engine; std::invalid_argument for what is no name,
 // CudnnError where cuDNN has no such engine for the graph.
