@@ -88,6 +88,11 @@ def conv_transpose2d(
         return compiled(
             input, weight, bias, stride, padding, output_padding, groups, dilation, flags
         )
+    if flags is not None:
+        try:
+            flags = config.interned(flags)
+        except TypeError:  # also of what has no hash
+            raise config.no_flags(flags) from None
     if (
         _tracing_state() is not None
         or forward_ad._current_level >= 0
@@ -101,8 +106,6 @@ def conv_transpose2d(
     if _any_autocast() and torch.is_autocast_enabled("cuda"):
         input, weight = autocast(input), autocast(weight)
         bias = None if bias is None else autocast(bias)
-    if flags is not None:
-        flags = config.interned(flags)
     ready, state, held = plan_cache.ready, None, config.current()
     if plan_cache.exchange is not None and not watchers and not profiling():
         state = (stride, padding, output_padding, groups, dilation, *config.switches(flags))
