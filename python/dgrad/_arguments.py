@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._geometry import Geometry, Pair, output_size
+from ._words import shown
 
 _INT64_MAX = 2**63 - 1
 
@@ -91,11 +92,11 @@ def check_sizes(
         ("dilation", dilation, 1),
         ("groups", (groups,), 1),
     ):
-        shown = values if len(values) > 1 else values[0]
+        given = values if len(values) > 1 else values[0]
         if any(not -_INT64_MAX - 1 <= value <= _INT64_MAX for value in values):
-            raise IntegerRangeError(f"{name} is {shown}, expected a 64-bit integer")
+            raise IntegerRangeError(f"{name} is {shown(given)}, expected a 64-bit integer")
         if any(value < least for value in values):
-            raise RuntimeError(f"{name} is {shown}, expected at least {least}")
+            raise RuntimeError(f"{name} is {shown(given)}, expected at least {least}")
     if input.dim() not in (3, 4):
         raise RuntimeError(
             f"input has shape {_shape(input)}, expected 3 dimensions (C_in, H, W) "
