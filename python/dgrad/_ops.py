@@ -168,7 +168,8 @@ def _conv_transpose2d(
     size = check_sizes(input, weight, bias, geometry, output_padding)
     reason = _fallback.transformed() or unsuitable(input, weight, bias)
     if reason is not None:
-        _fallback.announce(config.from_text(flags), reason)
+        again = (input, weight, bias, geometry, output_padding)
+        _fallback.announce(config.from_text(flags), reason, again)
     if reason is not None or input.numel() == 0:
         return F.conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation

@@ -140,7 +140,8 @@ def conv_transpose2d(
             plan_cache.put(key, prepared)
     if prepared.call is None:
         if prepared.reason is not None:
-            _fallback.announce(flags, prepared.reason)
+            again = (input, weight, bias, geometry, output_padding)
+            _fallback.announce(flags, prepared.reason, again)
         return F.conv_transpose2d(
             input,
             weight,
