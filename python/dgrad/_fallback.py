@@ -10,6 +10,7 @@ from torch.nn.grad import conv2d_weight
 
 from . import _reproduction, config, log
 from ._geometry import Geometry, Pair, output_size
+from ._operator import widened
 from ._watch import note, watchers
 from .exceptions import NotSupportedError
 
@@ -103,6 +104,10 @@ def run(
     if torch._C._is_any_autocast_enabled():
         with torch.autocast(a.device.type, enabled=False):
             return run(direction, a, b, geometry, size, bias)
+    wide = widened(a, geometry.stride)
+    if wide is not None:
+        bias = None if bias is None else bias.to(wide)
+        return run(direction, a.to(wide), b.to(wide), geometry, size, bias).to(a.dtype)
     padding, stride, dilation, groups = geometry
     if direction == "dgrad":
         least = output_size(a.shape[2:], b.shape[2:], geometry, (0, 0))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _fallback, config
+from . import _fallback, _operator, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution, recipe, record
 from ._call import Call, check_numbers, unsuited, unusable
@@ -142,7 +142,7 @@ def conv_transpose2d(
         if prepared.reason is not None:
             again = (input, weight, bias, geometry, output_padding)
             _fallback.announce(flags, prepared.reason, again)
-        return F.conv_transpose2d(
+        return _operator.conv_transpose2d(
             input,
             weight,
             bias,
@@ -305,4 +305,4 @@ def autocast(tensor: Tensor) -> Tensor:
 def _pytorch(flags: config.Flags | None, reason: str, *arguments: Any) -> Tensor:
     """PyTorch's own operator, logged once for each reason, or the error that forbids it."""
     _fallback.announce(flags, reason)
-    return F.conv_transpose2d(*arguments)
+    return _operator.conv_transpose2d(*arguments)
