@@ -179,3 +179,47 @@ def test_a_shared_layer_is_found_under_each_of_its_names(only: Any) -> None:
     assert (done, list(done.left)) == (["a"], ["c"])
     assert type(model.b) is dgrad.ConvTranspose2d
     assert dgrad.restore(model, only=only) == ["a"]
+
+
+# --- wrong arguments ----------------------------------------------------------------------------
+
+WRONG_MODELS: list[Any] = ["model", None, 1, [nn.ReLU()], {"up": nn.ReLU()}, EXAMPLE, nn.ReLU]
+WRONG_FILTERS: list[tuple[Any, type[Exception], str]] = [
+    (1, TypeError, "expected a regular expression as text"),
+    (True, TypeError, "or a function of a layer's name and the layer"),
+    (["0"], TypeError, "expected a regular expression as text"),
+    (b"0", TypeError, "expected a regular expression as text"),
+    (nn.ConvTranspose2d, TypeError, "or a function of a layer's name and the layer"),
+    ("(", ValueError, "expected a regular expression, such as"),
+    ("(" * 300, ValueError, "expected a regular expression, such as"),
+    ("decoder", ValueError, "the model's transposed convolutions: ['0', '1.0']"),
+    ("a" * 300, ValueError, "the model's transposed convolutions: ['0', '1.0']"),
+]
+
+
+@pytest.mark.parametrize("turn", [dgrad.convert, dgrad.restore])
+@pytest.mark.parametrize("model", WRONG_MODELS, ids=str)
+def test_what_is_no_model_is_told(turn: Callable[..., Any], model: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module") as caught:
+        turn(model)
+    assert str(caught.value).startswith(f"model is {model!r}"[:200])
+
+
+@pytest.mark.parametrize("turn", [dgrad.convert, dgrad.restore])
+@pytest.mark.parametrize(("only", "error", "words"), WRONG_FILTERS, ids=lambda each: str(each)[:20])
+def test_a_filter_that_can_name_no_layer_is_told_and_turns_nothing(
+    turn: Callable[..., Any], only: Any, error: type[Exception], words: str
+) -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(3, 3, 1), nn.Sequential(nn.ConvTranspose2d(3, 3, 1)))
+    if turn is dgrad.restore:
+        dgrad.convert(model)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(error) as caught:
+        turn(model, only=only)
+    assert str(caught.value).startswith(f"only is {only!r}"[:200])
+    assert words in str(caught.value)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_any_filter_suits_a_model_without_such_layers() -> None:
+    assert dgrad.convert(nn.Sequential(nn.ReLU()), only="decoder") == []

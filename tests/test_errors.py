@@ -112,6 +112,7 @@ NUMBERS: dict[str, tuple[Any, list[str]]] = {
             for name in ("stride", "padding", "output_padding", "dilation", "groups")
             for value in ([2, 2], 2.0, [], 1j)
         ),
+        *(("stride", given, "an integer") for given in ((True, True), (False, 1), (1, None))),
         ("stride", (1, torch.tensor([2, 2])), "tensor([2, 2])", "expected an integer, not Tensor"),
         ("stride", (torch.tensor(1.0), 1), "tensor(1.)", "expected an integer, not Tensor"),
     )
@@ -140,6 +141,30 @@ def test_a_bad_argument_raises_pytorchs_class_and_says_what_is_wrong(
         assert isinstance(found, type(expected)), f"{found!r} in place of {expected!r}"
         for word in words:
             assert word in str(found)
+    assert_a_good_call_works()
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_a_bool_is_a_number_where_pytorch_takes_it_for_one(name: str, kind: type) -> None:
+    given = {name: kind((1, True))}
+    found = dgrad.conv_transpose2d(X, W, **given)
+    assert torch.equal(found, F.conv_transpose2d(X, W, **given))
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "output_padding", "dilation", "groups"])
+def test_what_raises_when_asked_for_its_value_is_no_integer(name: str) -> None:
+    class Broken:
+        def __index__(self) -> int:
+            raise ZeroDivisionError
+
+        def __repr__(self) -> str:
+            raise ZeroDivisionError
+
+    for function in (F.conv_transpose2d, dgrad.conv_transpose2d):
+        with pytest.raises(TypeError, match=name) as caught:
+            function(X, W, **{name: Broken()})
+    assert str(caught.value) == f"{name} is <Broken>, expected an integer, not Broken"
     assert_a_good_call_works()
 
 
@@ -188,6 +213,14 @@ def test_a_number_over_64_bits_is_named(name: str, kind: type, value: int) -> No
     for word in (name, str(value), "expected a 64-bit integer"):
         assert word in str(found)
     assert_a_good_call_works()
+
+
+def test_a_number_too_long_to_be_written_is_told_all_the_same() -> None:
+    for given in (10**5000, (1, 10**5000)):
+        for function in (F.conv_transpose2d, dgrad.conv_transpose2d):
+            with pytest.raises((ValueError, RuntimeError, TypeError)) as caught:
+                function(X, W, stride=given)
+        assert re.fullmatch(r"stride is .{1,210}, expected a 64-bit integer", str(caught.value))
 
 
 @pytest.mark.parametrize("size", [2**31, 2**40, 2**62])

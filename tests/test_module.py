@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -112,6 +113,27 @@ def test_output_size_chooses_the_output_padding(output_size: Any) -> None:
     x = inputs(theirs)
     assert ours(x, output_size=output_size).shape[2:] == tuple(output_size[-2:])
     assert_same(ours(x, output_size), theirs(x, output_size))
+
+
+@pytest.mark.parametrize("output_size", [5, 2.0, "55", ("5", "5"), (5.0, 5), [5, None], iter("")])
+def test_what_is_no_output_size_is_told(output_size: Any) -> None:
+    ours, theirs = both(kernel_size=3)
+    x = inputs(theirs)[..., :3, :3]
+    with pytest.raises(Exception) as expected:  # noqa: PT011  the oracle says which
+        theirs(x, output_size)
+    with pytest.raises(expected.type) as found:
+        ours(x, output_size)
+    assert str(found.value).startswith(f"output_size is {output_size!r}, expected two integers")
+
+
+@pytest.mark.parametrize("output_size", [(4, 5), (5, 2**70), (-1, 5), [5], (1, 2, 3), (), "5"])
+def test_an_output_size_that_cannot_be_is_told_as_by_pytorch(output_size: Any) -> None:
+    ours, theirs = both(kernel_size=3)
+    x = inputs(theirs)[..., :3, :3]
+    with pytest.raises(ValueError, match="size") as expected:
+        theirs(x, output_size)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(expected.value))}$"):
+        ours(x, output_size)
 
 
 def test_output_size_reckons_with_the_dilation() -> None:

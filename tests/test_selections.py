@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 import dgrad
 from dgrad import config
 from dgrad._geometry import Geometry, Pair, output_size
+from dgrad._reproduction import of_problem
 from dgrad._runner import Runner
 from dgrad.exceptions import cudnn_error
-from dgrad.selection import Candidate, Selection, format_bytes, reasons_table, reproduction
+from dgrad.selection import Candidate, Selection, format_bytes, reasons_table
 from fake_cudnn import (
     HEURISTIC,
     MIB,
@@ -151,7 +152,12 @@ def test_a_cudnn_that_does_not_start_is_no_fault_of_the_candidates(start: Start)
 
 @pytest.mark.parametrize(
     "flags",
-    [{"deterministic": True}, {"allow_tf32": False}, {"workspace_limit": 0}, {"algorithm": "a:b"}],
+    [
+        {"deterministic": True},
+        {"allow_tf32": False},
+        {"workspace_limit": 0},
+        {"algorithm": "legacy:a"},
+    ],
     ids=str,
 )
 def test_what_a_flag_asks_for_is_not_left_to_pytorch(flags: dict[str, Any]) -> None:
@@ -233,7 +239,7 @@ def problems(draw: st.DrawFn) -> FakeProblem:
 @settings(deadline=None, max_examples=50)
 @given(problems())
 def test_the_snippet_makes_the_same_call(problem: FakeProblem) -> None:
-    snippet = reproduction(problem, {"deterministic": True, "workspace_limit": 5})  # type: ignore[arg-type]
+    snippet = of_problem(problem, {"deterministic": True, "workspace_limit": 5})  # type: ignore[arg-type]
     assert f'device="cuda:{problem.device}"' in snippet
     assert "with dgrad.flags(deterministic=True, workspace_limit=5):" in snippet
     assert ("backward()" in snippet) is (problem.direction != "dgrad")

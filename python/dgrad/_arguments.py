@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._geometry import Geometry, Pair, output_size
+from ._words import shown
 
 _INT64_MAX = 2**63 - 1
 
@@ -24,13 +25,17 @@ def _autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def _may_be_convolved(dtype: torch.dtype) -> bool:
+    return (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
+
+
 def check_tensors(input: object, weight: object, bias: object) -> None:
     """The checks that need no geometry: kinds, layouts, devices, dtypes.
 
     Raises:
         TypeError: not a tensor.
-        NotImplementedError: a quantized or nested tensor, a sparse bias, or any sparse one on the
-            meta device.
+        NotImplementedError: a quantized or nested tensor, a sparse bias, any sparse one on the
+            meta device, or an input of integers with a weight of another dtype.
         RuntimeError: another sparse tensor, or a device or dtype that is not the input's.
     """
     for name, value in (("input", input), ("weight", weight), ("bias", bias)):
@@ -67,6 +72,12 @@ def check_tensors(input: object, weight: object, bias: object) -> None:
         # casting is done.
         settled = input.is_cuda or (name == "weight" and not _autocasts(input.device.type))
         if value.dtype != input.dtype and settled:
+            if not _may_be_convolved(input.dtype):
+                # PyTorch looks for a kernel first. On CUDA it does not, and raises a base of this.
+                raise NotImplementedError(
+                    f"input has dtype {input.dtype} and {name} {value.dtype}, expected one "
+                    "floating-point dtype for both"
+                )
             raise RuntimeError(
                 f"{name} has dtype {value.dtype}, expected {input.dtype}, the dtype of input"
             )
@@ -91,11 +102,11 @@ def check_sizes(
         ("dilation", dilation, 1),
         ("groups", (groups,), 1),
     ):
-        shown = values if len(values) > 1 else values[0]
+        given = values if len(values) > 1 else values[0]
         if any(not -_INT64_MAX - 1 <= value <= _INT64_MAX for value in values):
-            raise IntegerRangeError(f"{name} is {shown}, expected a 64-bit integer")
+            raise IntegerRangeError(f"{name} is {shown(given)}, expected a 64-bit integer")
         if any(value < least for value in values):
-            raise RuntimeError(f"{name} is {shown}, expected at least {least}")
+            raise RuntimeError(f"{name} is {shown(given)}, expected at least {least}")
     if input.dim() not in (3, 4):
         raise RuntimeError(
             f"input has shape {_shape(input)}, expected 3 dimensions (C_in, H, W) "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import _fallback, _loader, config, log
+from . import _fallback, _loader, _reproduction, config, log
 from ._geometry import Geometry, Pair, is_channels_last
 from ._refusal import in_capture
 from ._runner import Runner
@@ -159,7 +159,11 @@ class Call:
             second: tuple(b.shape),
             OUTPUT[direction]: self._out_shape,
         }
-        step = _images_per_call(shapes)
+        try:
+            step = _images_per_call(shapes)
+        except NotSupportedError as error:
+            again = _reproduction.of_shapes(**shapes, geometry=geometry, like=a, flags={})
+            raise NotSupportedError(f"{error}\nTo reproduce:\n\n{again}\n") from None
         images = shapes["x"][0]
         alignment = _ALIGNMENT
         if step < images:  # the parts begin inside the tensors

@@ -51,6 +51,8 @@ def compiled(
     flags: config.Flags | None,
 ) -> Tensor:
     """What the compiler finds for a call: dgrad's operator, or for export PyTorch's own."""
+    if flags is not None and not isinstance(flags, config.Flags):
+        raise config.no_flags(flags)
     exporting = _is_exporting()
     tensors = (input, weight) if bias is None else (input, weight, bias)
     reason = _kept_from_compiler(exporting, tensors)

@@ -8,10 +8,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_weight
 
-from . import config, log
+from . import _reproduction, config, log
 from ._geometry import Geometry, Pair, output_size
+from ._operator import widened
 from ._watch import note, watchers
 from .exceptions import NotSupportedError
+
+# input, weight, bias, geometry and output_padding of a call
+Arguments = tuple[Tensor, Tensor, Tensor | None, Geometry, Pair]
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 FORWARD_MODE = "forward-mode AD is at work"
@@ -41,20 +45,35 @@ def at_work() -> str:
     return transformed() or f"the dispatch mode {type(mode).__name__} is at work"
 
 
-def permit(flags: config.Flags | None, reason: str) -> None:
-    """Raise NotSupportedError if the flags forbid PyTorch's own operator."""
+def permit(flags: config.Flags | None, reason: str, again: Arguments | None = None) -> None:
+    """Raise NotSupportedError if the flags forbid PyTorch's own operator.
+
+    ``again``: the arguments of conv_transpose2d, where these are the whole reason.
+    """
     own = None if flags is None else flags.fallback
     if (own or config.current().fallback) == "error":
-        raise NotSupportedError(f"{reason}, and fallback='error' forbids PyTorch's own operator")
+        text = f"{reason}, and fallback='error' forbids PyTorch's own operator"
+        if again is not None and all(_can_be_made(value) for value in again[:3]):
+            lines = _reproduction.of_tensors(*again, flags={"fallback": "error"})
+            text += f"\nTo reproduce:\n\n{lines}\n"
+        raise NotSupportedError(text)
 
 
-def announce(flags: config.Flags | None, reason: str) -> None:
+def _can_be_made(tensor: Tensor | None) -> bool:
+    """Whether one line of Python makes a tensor that is refused for the same reason."""
+    if tensor is None:
+        return True
+    plain = type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided
+    return plain and not (tensor.is_neg() or tensor._is_zerotensor())
+
+
+def announce(flags: config.Flags | None, reason: str, again: Arguments | None = None) -> None:
     """Say that PyTorch's own operator runs: logged once for each reason.
 
     Raises:
-        NotSupportedError: the flags forbid it.
+        NotSupportedError: the flags forbid it; as :func:`permit`.
     """
-    permit(flags, reason)
+    permit(flags, reason, again)
     tell(reason)
 
 
@@ -85,6 +104,10 @@ def run(
     if torch._C._is_any_autocast_enabled():
         with torch.autocast(a.device.type, enabled=False):
             return run(direction, a, b, geometry, size, bias)
+    wide = widened(a, geometry.stride)
+    if wide is not None:
+        bias = None if bias is None else bias.to(wide)
+        return run(direction, a.to(wide), b.to(wide), geometry, size, bias).to(a.dtype)
     padding, stride, dilation, groups = geometry
     if direction == "dgrad":
         least = output_size(a.shape[2:], b.shape[2:], geometry, (0, 0))

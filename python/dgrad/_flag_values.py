@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
+
+from ._words import shown
 
 PROVIDERS = ("graph", "legacy")
 _DIRECTIONS = ("dgrad", "fprop", "wgrad")
+_MOST_BYTES = 2**63 - 1
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{middle}B": base**power
     for power, letter in enumerate("KMGT", start=1)
@@ -20,9 +24,9 @@ Algorithms = tuple[tuple[str, tuple[str, ...]], ...]
 
 def _one_of(*known: str) -> Any:
     def check(name: str, value: object) -> str:
-        if value in known:
+        if isinstance(value, str) and value in known:
             return str(value)
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+        raise ValueError(f"{name} is {shown(value)}, expected one of {', '.join(map(repr, known))}")
 
     return check
 
@@ -30,50 +34,62 @@ def _one_of(*known: str) -> Any:
 def _boolean(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
-    raise TypeError(f"{name} is {value!r}, expected True, False or None")
+    raise TypeError(f"{name} is {shown(value)}, expected True, False or None")
 
 
 def _seconds(name: str, value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
-        return float(value)
-    raise ValueError(f"{name} is {value!r}, expected a number of seconds of at least 0")
+    # Of 64 bits: an int beyond has no float, and nobody waits so long.
+    number: Any = value
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= number < 2**63:
+        return float(number)
+    raise ValueError(f"{name} is {shown(value)}, expected a number of seconds of at least 0")
 
 
 def _bytes(name: str, value: object) -> int:
+    count: float
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         count = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else math.inf
-        if count < math.inf:
+        if count <= _MOST_BYTES:
             return int(count)
-    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
+    elif isinstance(value, Integral) and not isinstance(value, bool):
+        count = int(value)
+        if 0 <= count <= _MOST_BYTES:
+            return int(value)
     raise ValueError(
-        f"{name} is {value!r}, expected a number of bytes of at least 0 "
+        f"{name} is {shown(value)}, expected a number of bytes of at least 0 (of 64 bits) "
         'or text such as "256MiB" or "1GB"'
     )
 
 
 def _algorithms(name: str, value: Any) -> Algorithms:
-    if isinstance(value, tuple) and all(isinstance(item, tuple) for item in value):
-        value = dict(value)  # already in the kept form
-    by_direction = value if isinstance(value, Mapping) else {"dgrad": value}
+    kept = isinstance(value, tuple) and all(
+        isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) for item in value
+    )
+    by_direction = (
+        value if isinstance(value, Mapping) else dict(value) if kept else {"dgrad": value}
+    )
     checked = {}
     for direction, wanted in by_direction.items():
         names = (wanted,) if isinstance(wanted, str) else wanted
         if (
             direction not in _DIRECTIONS
             or not isinstance(names, (tuple, list))
-            or not all(
-                isinstance(item, str) and (":" in item or item in PROVIDERS) for item in names
-            )
+            or not all(isinstance(item, str) and _is_algorithm(item) for item in names)
         ):
             raise ValueError(
-                f"{name} is {value!r}, expected 'provider:algorithm' such as 'legacy:ALGO_1', a "
-                f"provider ({' or '.join(PROVIDERS)}), a list of these, or a dict of them by "
+                f"{name} is {shown(value)}, expected 'provider:algorithm' such as 'legacy:ALGO_1', "
+                f"a provider ({' or '.join(PROVIDERS)}), a list of these, or a dict of them by "
                 f"direction ({', '.join(_DIRECTIONS)})"
             )
         checked[direction] = tuple(names)
     return tuple(sorted(checked.items()))
+
+
+def _is_algorithm(text: str) -> bool:
+    """Whether it names a provider or, as far as can be told before a call, one's algorithm."""
+    provider, colon, algorithm = text.partition(":")
+    return provider in PROVIDERS and bool(algorithm) is bool(colon)
 
 
 CHECKS: dict[str, Any] = {

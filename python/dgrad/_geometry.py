@@ -6,6 +6,8 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ._words import shown
+
 Pair = tuple[int, int]
 
 
@@ -22,7 +24,8 @@ def pair(value: object, name: str) -> Pair:
     """``value`` as (vertical, horizontal), accepting what PyTorch's parser accepts.
 
     Raises:
-        TypeError: not an integer or a sequence of integers (bool is none, as in PyTorch).
+        TypeError: not an integer or a sequence of integers. A bool is one only as the second of
+            two, as in PyTorch.
         RuntimeError: a sequence whose length is not 1 or 2.
     """
     if type(value) is tuple and len(value) == 2:
@@ -32,9 +35,11 @@ def pair(value: object, name: str) -> Pair:
         return value, value
     items = value if isinstance(value, (tuple, list)) else (value,)
     if len(items) not in (1, 2):
-        raise RuntimeError(f"{name} is {value!r}, expected one integer or a list of 2 values")
-    first, last = integer(items[0], name), integer(items[-1], name)
-    return first, last
+        raise RuntimeError(f"{name} is {shown(value)}, expected one integer or a list of 2 values")
+    first = integer(items[0], name)
+    if len(items) == 2 and isinstance(items[1], bool):
+        return first, int(items[1])
+    return first, integer(items[-1], name)
 
 
 def integer(value: object, name: str) -> int:
@@ -43,12 +48,13 @@ def integer(value: object, name: str) -> int:
         raise _no_integer(value, name)
     try:
         return operator.index(value)
-    except TypeError as error:  # an array, of several values or of no integer
+    except Exception as error:  # an array, of several values or of no integer, or somebody's code
         raise _no_integer(value, name) from error
 
 
 def _no_integer(value: object, name: str) -> TypeError:
-    return TypeError(f"{name} is {value!r}, expected an integer, not {type(value).__name__}")
+    kind = type(value).__name__
+    return TypeError(f"{name} is {shown(value)}, expected an integer, not {kind}")
 
 
 def output_size(

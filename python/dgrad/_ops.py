@@ -12,10 +12,9 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import _fallback, config
+from . import _fallback, _operator, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import GRADIENTS, entered, recipe, unrecorded
 from ._call import INPUTS, OUTPUT, check_numbers, memory_format, output_shape
@@ -168,9 +167,10 @@ def _conv_transpose2d(
     size = check_sizes(input, weight, bias, geometry, output_padding)
     reason = _fallback.transformed() or unsuitable(input, weight, bias)
     if reason is not None:
-        _fallback.announce(config.from_text(flags), reason)
+        again = (input, weight, bias, geometry, output_padding)
+        _fallback.announce(config.from_text(flags), reason, again)
     if reason is not None or input.numel() == 0:
-        return F.conv_transpose2d(
+        return _operator.conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
     check_numbers(geometry)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from . import _reproduction
 from .exceptions import (
     CudnnError,
     NotSupportedError,
@@ -15,7 +16,7 @@ from .exceptions import (
     reason_of,
 )
 from .planner import objection
-from .selection import Candidate, format_bytes, reasons_table, reproduction
+from .selection import Candidate, format_bytes, reasons_table
 
 if TYPE_CHECKING:
     from ._knowledge import Knowledge
@@ -70,7 +71,7 @@ def nothing_usable(knowledge: Knowledge, policy: Policy) -> NotSupportedError:
     what = "is out of memory for" if out_of_memory else "has no usable candidate for"
     message = (
         f"dgrad {what} {problem}\n{reasons_table(reasons)}\n"
-        f"To reproduce:\n\n{reproduction(problem, flags)}\n"
+        f"To reproduce:\n\n{_reproduction.of_problem(problem, flags)}\n"
     )
     return OutOfMemoryError(message) if out_of_memory else NotSupportedError(message)
 

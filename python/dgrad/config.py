@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 
 from ._flag_values import CHECKS, Algorithms
 from ._flag_values import PROVIDERS as PROVIDERS
+from ._words import shown
 
 
 @dataclass(frozen=True)
@@ -140,15 +141,18 @@ def set_flags(**changes: Any) -> None:
         _combine()
 
 
-@contextmanager
-def flags(**changes: Any) -> Iterator[None]:
+def flags(**changes: Any) -> AbstractContextManager[None]:
     """Set flags inside a ``with`` block, for the whole process as PyTorch's own switches do.
 
     Blocks of several threads may overlap: the one that began last wins, and its end takes back
     its own settings only. A backward pass reads the process's flags while it runs, not those of
     its forward pass. See :class:`dgrad.Flags` for names, values and errors.
     """
-    settings = _checked(changes)
+    return _opened(_checked(changes))  # here, so that an error comes where the flags are written
+
+
+@contextmanager
+def _opened(settings: dict[str, Any]) -> Iterator[None]:
     block = _Block(threading.get_ident(), settings)
     with _lock:
         _blocks.append(block)
@@ -182,13 +186,33 @@ def _combine() -> None:
 @lru_cache(maxsize=256)
 def from_text(text: str) -> Flags | None:
     """The flags that :meth:`Flags.as_text` told of; None of an empty text."""
-    return interned(Flags(**json.loads(unquote(text)))) if text else None
+    if not text:
+        return None
+    try:
+        return interned(Flags(**json.loads(unquote(text))))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"flags is {shown(text)}, expected what dgrad.Flags(...).as_text() gives: {error}"
+        ) from error
 
 
 @lru_cache(maxsize=256)
 def interned(flags: Flags) -> Flags:
-    """One object for equal flags, as calls are known by its identity."""
-    return flags
+    """One object for equal flags, as calls are known by its identity.
+
+    Raises TypeError, which :func:`no_flags` puts into words, for what is none.
+    """
+    if isinstance(flags, Flags):
+        return flags
+    raise no_flags(flags)
+
+
+def no_flags(value: object) -> TypeError:
+    """The error for what was given in the place of a call's or a layer's own flags."""
+    return TypeError(
+        f"flags is {shown(value)}, expected None or dgrad.Flags, "
+        "such as dgrad.Flags(deterministic=True)"
+    )
 
 
 def effective(layer: Flags | None = None) -> Flags:

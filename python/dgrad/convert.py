@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._words import shown
 from .config import Flags
 from .modules import ConvTranspose2d
 
@@ -64,12 +65,17 @@ def convert(
 
     Returns:
         The names of what was turned, and in ``left`` the names of what was not, with reasons.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``only`` neither text nor a function.
+        ValueError: ``only`` is no regular expression, or one that none of the model's transposed
+            convolutions has in its name. Nothing was turned then.
     """
     return _turn(model, lambda module: _ours(module, subclasses), only)
 
 
 def restore(model: torch.nn.Module, *, only: Filter | None = None) -> Conversion:
-    """Undo :func:`convert`, in place; ``only`` and the result are as there.
+    """Undo :func:`convert`, in place; ``only``, the result and the errors are as there.
 
     A layer whose ``forward`` was set on the layer itself stays: that one may call dgrad's.
     """
@@ -79,14 +85,21 @@ def restore(model: torch.nn.Module, *, only: Filter | None = None) -> Conversion
 def _turn(
     model: torch.nn.Module, class_for: Callable[[torch.nn.Module], type], only: Filter | None
 ) -> Conversion:
+    _check(model, only)
     done = Conversion()
     classes: list[tuple[torch.nn.Module, type]] = []  # all or none, should something raise
     names: dict[torch.nn.Module, list[str]] = {}  # of which a shared layer has several
     for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+        if isinstance(module, _TORCH) or _scripted_as(module) == _TORCH.__name__:
+            names.setdefault(module, []).append(name)
+    if isinstance(only, str) and names:
+        every = [name for each in names.values() for name in each]
+        if not any(re.search(only, name) for name in every):
+            raise ValueError(
+                f"only is {shown(only)}, expected a regular expression that is found in the name "
+                f"of one of the model's transposed convolutions: {shown(every)}"
+            )
     for module, (name, *others) in names.items():
-        if not isinstance(module, _TORCH) and _scripted_as(module) != _TORCH.__name__:
-            continue
         try:
             if not any(_is_wanted(each, module, only) for each in (name, *others)):
                 raise _LeftError("only leaves it out")
@@ -98,6 +111,27 @@ def _turn(
         # The classes have the same attributes, and all that refers to the module stays right.
         module.__class__ = cls
     return done
+
+
+def _check(model: object, only: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        hint = f": an instance, {model.__name__}(...)" if isinstance(model, type) else ""
+        raise TypeError(
+            f"model is {shown(model)} of type {type(model).__name__}, expected a torch.nn.Module"
+            f"{hint}"
+        )
+    if isinstance(only, str):
+        try:
+            re.compile(only)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"only is {shown(only)}, expected a regular expression, such as '^decoder': {error}"
+            ) from error
+    elif only is not None and (isinstance(only, type) or not callable(only)):
+        raise TypeError(
+            f"only is {shown(only)} of type {type(only).__name__}, expected a regular expression "
+            "as text, such as '^decoder', or a function of a layer's name and the layer"
+        )
 
 
 def _is_wanted(name: str, module: torch.nn.Module, only: Filter | None) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _fallback, config
+from . import _fallback, _operator, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution, ready_recipe, record
 from ._call import Call, check_numbers, unsuited, unusable
@@ -85,7 +85,10 @@ def conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation, flags
         )
     if flags is not None:
-        flags = config.interned(flags)
+        try:
+            flags = config.interned(flags)
+        except TypeError:  # also of what has no hash
+            raise config.no_flags(flags) from None
     if _any_autocast() and torch.is_autocast_enabled("cuda") and not _is_transformed():
         input, weight = autocast(input), autocast(weight)
         bias = None if bias is None else autocast(bias)
@@ -121,8 +124,9 @@ def conv_transpose2d(
             plan_cache.put(key, prepared)
     if prepared.call is None:
         if prepared.reason is not None:
-            _fallback.announce(flags, prepared.reason)
-        return F.conv_transpose2d(
+            again = (input, weight, bias, geometry, output_padding)
+            _fallback.announce(flags, prepared.reason, again)
+        return _operator.conv_transpose2d(
             input,
             weight,
             bias,
@@ -283,4 +287,4 @@ def autocast(tensor: Tensor) -> Tensor:
 def _pytorch(flags: config.Flags | None, reason: str, *arguments: Any) -> Tensor:
     """PyTorch's own operator, logged once for each reason, or the error that forbids it."""
     _fallback.announce(flags, reason)
-    return F.conv_transpose2d(*arguments)
+    return _operator.conv_transpose2d(*arguments)

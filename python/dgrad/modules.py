@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: F401  (for TorchScript, see the end)
 from torch import Tensor
 
+from ._words import shown
 from .config import Flags
 from .functional import conv_transpose2d
 
@@ -30,7 +31,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             process, for example ``layer.flags = dgrad.Flags(selection="exhaustive")``.
 
     Raises:
-        ValueError: an ``output_size`` that the layer cannot give.
+        ValueError, TypeError: an ``output_size`` that the layer cannot give, or that is none.
         Others as :func:`dgrad.conv_transpose2d`.
     """
 
@@ -49,17 +50,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         plain = type(self) is ConvTranspose2d
         output_padding = self.output_padding
         if output_size is not None or not (plain or type(self)._output_padding is _OUTPUT_PADDING):
-            output_padding = tuple(
-                self._output_padding(
-                    input,
-                    output_size,
-                    self.stride,  # type: ignore[arg-type]
-                    self.padding,  # type: ignore[arg-type]
-                    self.kernel_size,  # type: ignore[arg-type]
-                    2,
-                    self.dilation,  # type: ignore[arg-type]
-                )
-            )
+            output_padding = self._chosen_padding(input, output_size)
         weight: Tensor | None
         bias: Tensor | None
         own, values = self._parameters, self.__dict__
@@ -84,6 +75,35 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             self.dilation,
             flags=self.flags,
         )
+
+    def _chosen_padding(self, input: Tensor, output_size: list[int] | None) -> tuple[int, ...]:
+        """The output_padding for a wanted size, or a subclass's own."""
+        try:
+            chosen = tuple(
+                self._output_padding(
+                    input,
+                    output_size,
+                    self.stride,  # type: ignore[arg-type]
+                    self.padding,  # type: ignore[arg-type]
+                    self.kernel_size,  # type: ignore[arg-type]
+                    2,
+                    self.dilation,  # type: ignore[arg-type]
+                )
+            )
+        except TypeError as error:
+            if output_size is None:
+                raise
+            raise _no_size(output_size) from error
+        if output_size is not None and any(isinstance(each, float) for each in chosen):
+            raise _no_size(output_size)
+        return chosen
+
+
+def _no_size(output_size: object) -> TypeError:
+    return TypeError(
+        f"output_size is {shown(output_size)}, expected two integers, (H_out, W_out), "
+        "alone or after the leading sizes"
+    )
 
 
 # torch.jit.script compiles the source of what a function wraps, with the names of this module. Here

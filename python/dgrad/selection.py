@@ -292,35 +292,3 @@ def reasons_table(candidates: list[tuple[Candidate, str]]) -> str:
         return "  (cuDNN offers none)"
     width = max(len(str(candidate)) for candidate, _ in candidates)
     return "\n".join(f"  {candidate!s:<{width}}  {reason}" for candidate, reason in candidates)
-
-
-def reproduction(problem: Problem, flags: dict[str, Any]) -> str:
-    """Lines of Python that make the same call again when pasted."""
-    kernel, stride, padding, dilation = (
-        problem.w[2:],
-        problem.stride,
-        problem.padding,
-        problem.dilation,
-    )
-    least = [
-        (problem.y[i + 2] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + 1
-        for i in (0, 1)
-    ]
-    output_padding = tuple(problem.x[i + 2] - least[i] for i in (0, 1))
-    layout = ", memory_format=torch.channels_last" if problem.layout == "nhwc" else ""
-    options = f'dtype=torch.{problem.dtype}, device="cuda:{problem.device}"'
-    bias = f"torch.randn({problem.x[1]}, {options})" if problem.bias else None
-    settings = ", ".join(f"{name}={value!r}" for name, value in flags.items())
-    lines = [
-        "import torch, dgrad",
-        f"x = torch.randn({tuple(problem.y)}, {options})",
-        f"w = torch.randn({tuple(problem.w)}, {options})",
-        f"b = {bias}",
-        f"x, w = (t.to(t.device{layout}).requires_grad_() for t in (x, w))",
-        f"with dgrad.flags({settings}):",
-        f"    y = dgrad.conv_transpose2d(x, w, b, {tuple(stride)}, {tuple(padding)}, "
-        f"{output_padding}, {problem.groups}, {tuple(dilation)})",
-    ]
-    if problem.direction != "dgrad":
-        lines.append("    y.sum().backward()")
-    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""PyTorch's own operator, kept from what would crash the process, and its errors in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._geometry import Geometry, output_size, pair
+
+# Note [Wide strides]
+# On the CPU PyTorch gives float32 and the half types to oneDNN, which writes code for each problem.
+# That for a transposed convolution grows with the horizontal stride: from about 5000 on (PyTorch
+# 2.13, AMD EPYC) many a problem crashes the process or never ends, however small its tensors. The
+# loop that runs float64 instead does neither. tests/test_errors_extreme.py has some of them.
+_MOST_STRIDE = 1024
+_MOST_NUMBER = 2**31 - 1  # what that loop counts with has 32 bits
+_WIDENED = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+
+
+def widened(tensor: Tensor, stride: int | Sequence[int]) -> torch.dtype | None:
+    """The dtype to run a convolution of a tensor in, if not its own; see Note [Wide strides]."""
+    last = stride[-1] if isinstance(stride, (tuple, list)) and stride else stride
+    if not isinstance(last, int) or last <= _MOST_STRIDE:
+        return None
+    if not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
+        return None
+    return _WIDENED.get(tensor.dtype) if tensor.layout is torch.strided else None
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
+    groups: int,
+    dilation: int | Sequence[int],
+) -> Tensor:
+    """:func:`torch.nn.functional.conv_transpose2d`."""
+    wide = widened(input, stride)
+    if wide is not None:
+        dtype = input.dtype
+        if torch.is_autocast_enabled("cpu") and not dtype.is_complex:
+            dtype = torch.get_autocast_dtype("cpu")
+        input, weight = input.to(wide), weight.to(wide)
+        bias = None if bias is None else bias.to(wide)
+    try:
+        result = F.conv_transpose2d(
+            input, weight, bias, stride, padding, output_padding, groups, dilation
+        )
+    except RuntimeError as error:
+        words = _no_kernel(input, error) or _too_large(
+            input, weight, stride, padding, output_padding, dilation
+        )
+        if words is None:
+            raise
+        lacks = isinstance(error, NotImplementedError)
+        raise (NotImplementedError if lacks else RuntimeError)(words) from error
+    return result if wide is None else result.to(dtype)
+
+
+def _no_kernel(input: Tensor, error: RuntimeError) -> str | None:
+    if "not implemented for" not in str(error):
+        return None
+    return (
+        f"input has dtype {input.dtype}, for which PyTorch's conv_transpose2d has no kernel on "
+        f"{input.device.type}: expected a floating-point dtype, such as input.float() with "
+        "weight.float()"
+    )
+
+
+def _too_large(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+) -> str | None:
+    if input.device.type != "cpu":
+        return None
+    numbers = {
+        name: pair(value, name)
+        for name, value in (
+            ("stride", stride),
+            ("padding", padding),
+            ("output_padding", output_padding),
+            ("dilation", dilation),
+        )
+    }
+    limit = f"expected at most {_MOST_NUMBER}, the most that PyTorch's operator counts on the CPU"
+    for name, values in numbers.items():
+        if max(values) > _MOST_NUMBER:
+            return f"{name} is {values}, {limit}"
+    whole = output_size(
+        input.shape[-2:],
+        weight.shape[-2:],
+        Geometry((0, 0), numbers["stride"], numbers["dilation"], 1),
+        numbers["output_padding"],
+    )
+    if max(whole) > _MOST_NUMBER:
+        return (
+            f"stride {numbers['stride']}, dilation {numbers['dilation']} and output_padding "
+            f"{numbers['output_padding']} make an output of size {whole} before padding is taken "
+            f"off, {limit}"
+        )
+    return None
