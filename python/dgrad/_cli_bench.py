@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dgrad
-from dgrad._cli_common import Commands, print_table, refuse
+from dgrad._cli_common import Commands, add_parser, positive, print_table, refuse
 from dgrad._layers import DTYPES
 from dgrad.bench import plot, report
 from dgrad.bench.contest import PEERS, SELECTIONS, Contest, ContestError, Settings
@@ -48,19 +48,12 @@ exit codes:
   2  an argument or a file is wrong
   3  dgrad cannot run on a GPU here, or a process does not start
   4  --seconds ended the run: repeat it with --resume
-130  interrupted
 """
 
 
 def add_bench(commands: Commands) -> None:
     summary = "Time the layers of a suite with PyTorch and with dgrad, and against the roofline."
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "bench",
-        help=summary,
-        description=summary,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_parser(commands, "bench", summary, _EPILOG)
     parser.set_defaults(run=_bench)
     add = parser.add_argument
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
@@ -73,9 +66,9 @@ def add_bench(commands: Commands) -> None:
     peers = ",".join(same.against)
     add("--against", type=_listed(PEERS), default=peers, help=f"list; default {peers}")
     add("--selection", choices=SELECTIONS, default=same.selection, help="default exhaustive")
-    add("--rounds", type=_positive, default=same.rounds, help="samples of each; default 5")
+    add("--rounds", type=positive, default=same.rounds, help="samples of each; default 5")
     add("--device", choices=("cuda", "cpu"), default=same.device, help="cpu only rehearses")
-    add("--seconds", type=_positive, metavar="N", help="begin no case after N seconds")
+    add("--seconds", type=positive, metavar="N", help="begin no case after N seconds")
     add("--json", metavar="FILE", help="write the record to FILE, after each case")
     add("--resume", action="store_true", help="go on with the record in the --json FILE")
     add("--from", dest="records", nargs="+", metavar="FILE", help="time nothing: show records")
@@ -93,12 +86,6 @@ def _listed(known: Collection[str] | dict[str, str]) -> Callable[[str], tuple[st
         return tuple(dict.fromkeys(names[part] for part in parts))
 
     return parse
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
-    return int(text)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -120,9 +107,6 @@ def _bench(arguments: argparse.Namespace) -> int:
     except ContestError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
-        print("bench: interrupted", file=sys.stderr)
-        return 130
     if stopped:
         print("bench: stopped by --seconds: repeat with --resume", file=sys.stderr)
         return 4
