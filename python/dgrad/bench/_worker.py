@@ -54,7 +54,7 @@ class Contestant:
         self.reduced: str | None = None  # in words
 
     def prepare(self, benchmark: bool) -> Answer:
-        """Make the model and warm it up under PyTorch's switch of that name."""
+        """Make the model and warm it up under PyTorch's switch of that name; "run_s" of a run."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.load()
@@ -66,7 +66,7 @@ class Contestant:
         self.model, self.inputs = self.build(swap=self.ours)
         with torch.set_grad_enabled(self.request.training):
             self.sampler = Sampler(lambda: self.work(self.model, self.inputs), self.device)
-        return {}
+        return {"run_s": self.sampler.run_s}
 
     def load(self) -> None:
         """Import the compared file; :meth:`build` needs it."""
