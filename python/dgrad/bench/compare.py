@@ -6,12 +6,12 @@ import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import dgrad
+from dgrad.bench._model_file import unreadable
 from dgrad.bench._process import Failure, Process
 from dgrad.bench._worker import Request
 from dgrad.bench.timing import Timing
@@ -107,14 +107,16 @@ def compare(
     Raises FileError for a wrong file or device, CompareError where a contestant failed or died.
     """
     where = _device(device)
-    if file is not None and not Path(file).is_file():
-        raise FileError(f"{file}: {'is a folder' if Path(file).is_dir() else 'no such file'}")
+    if file is not None and (reason := unreadable(file)) is not None:
+        raise FileError(f"{file}: {reason}")
     workers = {
         name: _Worker(Request(name, file, str(where), seed, full_size, selection, training))
         for name in _WHO
     }
     shares = {}
     try:
+        for worker in workers.values():  # all together: each takes seconds
+            worker.start()
         samples = _samples(workers, _BUDGET_S if budget_s is None else budget_s)
         for name, worker in workers.items():
             result = worker.ask("finish")
@@ -141,15 +143,16 @@ class _Worker(Process):
     def __init__(self, request: Request) -> None:
         words = json.dumps(asdict(request))
         super().__init__("dgrad.bench._worker", words, last_lines=_TAIL_LINES)
-        self._who = f"{request.file or 'built-in model'}: {_WHO[request.setting]}"
-        self.start()  # all together: each takes seconds
+        self._what = request.file or "built-in model"
+        self._who = _WHO[request.setting]
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
         try:
             return super().ask(do, **fields)
         except Failure as failure:
-            kind = FileError if failure.fault == "file" else CompareError
-            raise kind(f"{self._who}: {failure}") from failure
+            if failure.fault == "file":  # the same whoever runs it
+                raise FileError(f"{self._what}: {failure}") from failure
+            raise CompareError(f"{self._what}: {self._who}: {failure}") from failure
 
 
 def _samples(workers: Mapping[str, Process], budget_s: float) -> dict[str, list[float]]:
