@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dgrad
 from bench_layers import SMALL
+from dgrad import _cli_bench
 from dgrad.cli import main
 
 
@@ -58,6 +60,9 @@ def test_a_malformed_suite_is_refused(
         (["--plot", "out.docx"], "out.docx: expected a name that ends in one of ."),
         (["--resume"], "--resume goes on with the FILE of --json"),
         (["--from", "no_such_file"], "no_such_file: No such file"),
+        (["--from", "n" * 300], ": File name too long"),
+        (["--from", "."], ".: Is a directory"),
+        (["--suite", "n" * 300], ": File name too long"),
     ],
 )
 def test_a_wrong_argument_is_named(
@@ -73,6 +78,60 @@ def test_a_wrong_argument_is_named(
     out, err = capsys.readouterr()
     assert out == ""
     assert words in err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "words"),
+    [
+        ("--json", "n" * 300, ": File name too long"),
+        ("--json", "n" * 252, ": File name too long"),  # before it is renamed
+        ("--json", "", "'' names no file"),
+        ("--json", "more/", "'more/' names no file"),
+        ("--json", ".", ".: is a folder"),
+        ("--json", "/dev/null", "/dev/null: is no regular file"),
+        ("--json", "/proc/record.json", "/proc/record.json: "),
+        ("--json", "n" * 300 + "/more.json", ": there is no such folder"),
+        ("--plot", "n" * 300 + ".png", ": File name too long"),
+        ("--plot", "folder.png", "folder.png: is a folder"),
+        ("--plot", "/proc/image.png", "/proc/image.png: "),
+        ("--plot", "", "expected a name that ends in one of ."),
+    ],
+)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_timed(
+    option: str,
+    name: str,
+    words: str,
+    resume: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if option == "--plot":
+        pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra 'plot'")
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_cli_bench, "_timed", lambda _: pytest.fail("has begun"))
+    assert main(["bench", option, name, *["--resume"] * resume]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("bench: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_trying_whether_files_can_be_written_leaves_them_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra 'plot'")
+    record, image = tmp_path / "record.json", tmp_path / "image.png"
+    record.write_text("earlier")
+    image.write_text("earlier")
+    monkeypatch.setattr(dgrad, "unavailable_reason", lambda: "there is no such thing")
+    assert main(["bench", "--json", str(record), "--plot", str(image)]) == 3
+    assert sorted(tmp_path.iterdir()) == [image, record]
+    assert {path.read_text() for path in (record, image)} == {"earlier"}
 
 
 def test_without_a_gpu_the_reason_is_told(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -19,7 +20,7 @@ from dgrad._cli_common import Commands, add_parser, positive, print_table, refus
 from dgrad._layers import DTYPES
 from dgrad.bench import plot, report
 from dgrad.bench.contest import PEERS, SELECTIONS, Contest, ContestError, Settings
-from dgrad.bench.record import Record, RecordError
+from dgrad.bench.record import Record, RecordError, unfinished
 from dgrad.bench.suite import DIRECTIONS, LAYOUTS, SUITES, Case, cases
 from dgrad.tune import FileError
 
@@ -117,11 +118,29 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raises what would otherwise come up after an hour."""
     if arguments.plot is not None:
         plot.require(arguments.plot)
-    for path in filter(None, (arguments.json, arguments.plot)):
-        if not Path(path).absolute().parent.is_dir():
-            raise FileError(f"{path}: there is no such folder")
+        _try_to_write(arguments.plot, arguments.plot)
+    if arguments.json is not None:
+        _try_to_write(arguments.json, unfinished(arguments.json))
     if arguments.resume and (arguments.json is None or arguments.records is not None):
         raise FileError("--resume goes on with the FILE of --json")
+
+
+def _try_to_write(path: str, first: str | Path) -> None:
+    """FileError for a file that cannot be written, of which `first` is; leaves nothing behind."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileError(f"{path}: {'is a folder' if os.path.isdir(path) else 'is no regular file'}")
+    if not os.path.basename(path):
+        raise FileError(f"{path!r} names no file")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise FileError(f"{path}: there is no such folder")
+    existed = os.path.lexists(first)
+    try:
+        with open(first, "ab"):
+            pass
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from error
+    if not existed:
+        os.unlink(first)
 
 
 def _merged(paths: list[str]) -> Record:
