@@ -12,13 +12,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 import dgrad
-from dgrad._cli_common import Commands, add_parser, positive, print_table, refuse
+from dgrad._cli_common import Commands, add_parser, positive, print_table, refuse, tracked
 from dgrad._layers import DTYPES
 from dgrad.bench import plot, report
+from dgrad.bench._model_file import unreadable
 from dgrad.bench.contest import PEERS, SELECTIONS, Contest, ContestError, Settings
 from dgrad.bench.record import Record, RecordError, unfinished
 from dgrad.bench.suite import DIRECTIONS, LAYOUTS, SUITES, Case, cases
@@ -127,8 +125,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _try_to_write(path: str, first: str | Path) -> None:
     """FileError for a file that cannot be written, of which `first` is; leaves nothing behind."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise FileError(f"{path}: {'is a folder' if os.path.isdir(path) else 'is no regular file'}")
+    if os.path.exists(path) and (reason := unreadable(path)) is not None:
+        raise FileError(f"{path}: {reason}")
     if not os.path.basename(path):
         raise FileError(f"{path!r} names no file")
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
@@ -213,22 +211,14 @@ def _run_all(
     contest: Contest, wanted: list[Case], record: Record, path: str | None, deadline: float | None
 ) -> bool:
     """Time each case and keep it; False where the deadline came before the last one."""
-    hidden = not sys.stderr.isatty()
-    name = TextColumn("{task.description}", markup=False)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), name)
-    console = Console(stderr=True, quiet=hidden)
-    with Progress(*columns, console=console, disable=hidden) as progress:
-        task = progress.add_task("", total=len(wanted))
-        for case in wanted:
-            if deadline is not None and time.monotonic() > deadline:
-                return False
-            progress.update(task, description=case.label)
-            timed = record.add(contest.run(case))
-            for trouble in report.troubles(timed):
-                print(f"bench: {case.label}: {trouble}", file=sys.stderr)
-            if path is not None:
-                record.save(path)
-            progress.advance(task)
+    for case in tracked(wanted, lambda case: case.label):
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        timed = record.add(contest.run(case))
+        for trouble in report.troubles(timed):
+            print(f"bench: {case.label}: {trouble}", file=sys.stderr)
+        if path is not None:
+            record.save(path)
     return True
 
 

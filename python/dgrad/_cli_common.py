@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+_T = TypeVar("_T")
 Commands = Any  # argparse does not name the type of its sub-parsers in public
 
 
@@ -77,6 +79,20 @@ def refuse(command: str, reason: object) -> int:
     """Say on stderr why a command cannot be done; the exit code for that."""
     print(f"{command}: {reason}", file=sys.stderr)
     return 2
+
+
+def tracked(items: Sequence[_T], label: Callable[[_T], str], hidden: bool = False) -> Iterator[_T]:
+    """The items one by one; a bar on stderr, where that is a terminal, shows which."""
+    hidden = hidden or not sys.stderr.isatty()
+    name = TextColumn("{task.description}", markup=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), name)
+    console = Console(stderr=True, quiet=hidden)
+    with Progress(*columns, console=console, disable=hidden) as progress:
+        task = progress.add_task("", total=len(items))
+        for item in items:
+            progress.update(task, description=label(item))
+            yield item
+            progress.advance(task)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dgrad
 from dgrad import store
@@ -22,6 +20,7 @@ from dgrad._cli_common import (
     print_json,
     print_table,
     refuse,
+    tracked,
 )
 from dgrad._layers import DIRECTIONS, DTYPES, Layer
 from dgrad.exceptions import first_line
@@ -200,20 +199,11 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 def _run_all(tuning: Tuning, entries: list[Entry]) -> None:
     # One entry may be a model, and warming it up shows a progress of its own.
-    hidden = not sys.stderr.isatty() or len(entries) == 1
-    name = TextColumn("{task.description}", markup=False)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), name)
-    console = Console(stderr=True, quiet=hidden)
-    with (
-        Progress(*columns, console=console, disable=hidden) as progress,
-        contextlib.redirect_stdout(sys.stderr),  # a model may print
-    ):
-        task = progress.add_task("", total=len(entries))
-        for entry in entries:
-            progress.update(task, description=entry.where)
+    hidden = len(entries) == 1
+    with contextlib.redirect_stdout(sys.stderr):  # a model may print
+        for entry in tracked(entries, lambda entry: entry.where, hidden):
             for where, reason in tuning.add(entry):
                 print(f"tune: {where}: {reason}", file=sys.stderr)
-            progress.advance(task)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
