@@ -109,4 +109,7 @@ def test_each_turn_warms_up_before_it_counts(monkeypatch: pytest.MonkeyPatch) ->
         assert sampler.sample(runs * run_s) == [run_s * 1e3] * counted
         assert now[0] - begin == (runs + 4) * run_s  # what the cold one took longer
     assert len(sampler.sample(3 * run_s)) == 3
+    begin = now[0]
+    assert len(sampler.sample(10.0)) == 400
+    assert now[0] - begin == 800 * run_s
     assert len(sampler.sample(0.0, least=2)) == 2

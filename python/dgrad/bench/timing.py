@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_MAX_RUNS = 2000
+_MAX_RUNS = 400  # of one sample, of which `compare` takes 25
 # A CPU run of a large layer takes seconds, and its first run already pays for all that is lazy.
 _WARM_UP_RUNS = {"cuda": 3, "cpu": 1}
 _WARM_UP_S = {"cuda": 0.2, "cpu": 0.05}
@@ -67,10 +67,10 @@ class Sampler:
         A quarter of the time warms up what another process has cooled down since: the clocks and
         the caches. Where fewer than four runs fit, each is long enough to do so by itself.
         """
-        runs = max(least, min(_MAX_RUNS, int(seconds / max(self.run_s, 1e-9))))
-        cold = runs // 4
+        runs = max(least, int(seconds / max(self.run_s, 1e-9)))
+        cold = min(_MAX_RUNS, runs // 4)
         sample = _sample_cuda if self._kind == "cuda" else _sample_cpu
-        return sample(self._call, self._device, cold, runs - cold)
+        return sample(self._call, self._device, cold, min(_MAX_RUNS, runs - cold))
 
 
 def measure(call: Callable[[], object], device: torch.device, *, budget_s: float) -> Timing:
