@@ -5,9 +5,10 @@
 # Gives   CUDNN::cudnn, CUDNN_FOUND, CUDNN_VERSION, CUDNN_LIBRARY, CUDNN_INCLUDE_DIR (cudnn.h),
 #         CUDNN_CUDA_INCLUDE_DIRS (cuda_runtime_api.h) and CUDNN_INCLUDE_DIRS (both).
 # Reads   CUDNN_ROOT, then CUDAToolkit_ROOT, CUDA_HOME, CUDA_PATH: CMake or environment variables;
-#         a CUDNN_ROOT without cuDNN is an error, never a silent other choice;
 #         CUDNN_LIBRARY with CUDNN_INCLUDE_DIR, or CUDNN_CUDA_INCLUDE_DIRS, replace the search;
 #         Python_EXECUTABLE, the interpreter asked for its NVIDIA wheels.
+#         A CUDNN_ROOT without cuDNN, a path of these CUDNN_... that does not exist, or one of
+#         CUDNN_LIBRARY and CUDNN_INCLUDE_DIR alone is an error, never a silent other choice.
 # Order   what the user points to, the wheels, /usr/local/cuda, CMake's own search path.
 #         The first place that has both the headers and the library is taken, so they match.
 
@@ -18,7 +19,7 @@ function(_cudnn_paths_from out)
   set(paths "")
   foreach(name IN LISTS ARGN)
     set(values "${${name}}")
-    if(NOT values AND DEFINED ENV{${name}}) # CMake's own wins, whether it is right or not
+    if("${values}" STREQUAL "" AND DEFINED ENV{${name}}) # CMake's own wins, right or not
       file(TO_CMAKE_PATH "$ENV{${name}}" values)
     endif()
     foreach(value IN LISTS values)
@@ -70,25 +71,36 @@ function(_cudnn_look_for_library out)
   unset(_cudnn_hit CACHE)
 endfunction()
 
+# As much of major.minor.patch as the headers say; cudnn.h has it before cuDNN 8.
 function(_cudnn_read_version out include_dir)
   set(version "")
-  foreach(header IN ITEMS cudnn_version_v9.h cudnn_version.h)
-    if(NOT version AND EXISTS "${include_dir}/${header}")
-      file(STRINGS "${include_dir}/${header}" lines REGEX "#define CUDNN_(MAJOR|MINOR|PATCHLEVEL) ")
-      if("${lines}" MATCHES "MAJOR +([0-9]+).*MINOR +([0-9]+).*PATCHLEVEL +([0-9]+)")
-        set(version "${CMAKE_MATCH_1}.${CMAKE_MATCH_2}.${CMAKE_MATCH_3}")
-      endif()
+  foreach(header IN ITEMS cudnn_version_v9.h cudnn_version.h cudnn.h)
+    if("${version}" STREQUAL "" AND EXISTS "${include_dir}/${header}")
+      file(STRINGS "${include_dir}/${header}" lines REGEX "#define[ \t]+CUDNN_[A-Z]+[ \t]+[0-9]")
+      foreach(part IN ITEMS MAJOR MINOR PATCHLEVEL)
+        if(NOT "${lines}" MATCHES "CUDNN_${part}[ \t]+([0-9]+)")
+          break()
+        endif()
+        list(APPEND version "${CMAKE_MATCH_1}")
+      endforeach()
     endif()
   endforeach()
+  list(JOIN version "." version)
   set(${out} "${version}" PARENT_SCOPE)
 endfunction()
 
 # Why a cuDNN of this version does not serve, or nothing.
 function(_cudnn_object_to_version out version)
   set(words "")
-  if(CUDNN_FIND_VERSION AND version VERSION_LESS CUDNN_FIND_VERSION)
-    set(words "version \"${version}\" is older than ${CUDNN_FIND_VERSION}")
-  elseif(NOT version MATCHES "^9\\.")
+  set(asked "${CUDNN_FIND_VERSION}")
+  if("${version}" STREQUAL "")
+    set(words "its headers do not say which version they are")
+  elseif(asked MATCHES "^${version}\\."
+         AND (CUDNN_FIND_VERSION_EXACT OR version VERSION_LESS asked))
+    set(words "its headers say version \"${version}\" and no more, and ${asked} is asked for")
+  elseif(asked AND version VERSION_LESS asked)
+    set(words "version \"${version}\" is older than ${asked}")
+  elseif(NOT version MATCHES "^9(\\.|$)")
     set(words "version \"${version}\", and dgrad needs libcudnn.so.9")
   endif()
   set(${out} "${words}" PARENT_SCOPE)
@@ -106,8 +118,38 @@ _cudnn_package_folders(_cudnn_wheel nvidia.cudnn)
 _cudnn_package_folders(_cudnn_cuda_wheels nvidia.cu13 nvidia.cuda_runtime nvidia.cuda_nvcc)
 _cudnn_package_folders(_cudnn_triton triton.backends.nvidia)
 
+# --- what the user gives --------------------------------------------------------------------------
+set(_cudnn_wrong "")
+foreach(_cudnn_place IN LISTS _cudnn_given)
+  if(NOT IS_DIRECTORY "${_cudnn_place}")
+    string(APPEND _cudnn_wrong "\n  CUDNN_ROOT ${_cudnn_place}: no such folder")
+  endif()
+endforeach()
+foreach(_cudnn_name IN ITEMS CUDNN_LIBRARY CUDNN_INCLUDE_DIR CUDNN_CUDA_INCLUDE_DIRS)
+  foreach(_cudnn_place IN LISTS ${_cudnn_name})
+    get_filename_component(_cudnn_place "${_cudnn_place}" ABSOLUTE)
+    if(_cudnn_place MATCHES "-NOTFOUND$")
+      break()
+    elseif(NOT EXISTS "${_cudnn_place}")
+      string(APPEND _cudnn_wrong "\n  ${_cudnn_name} ${_cudnn_place}: does not exist")
+    elseif(_cudnn_name STREQUAL "CUDNN_LIBRARY" AND IS_DIRECTORY "${_cudnn_place}")
+      string(APPEND _cudnn_wrong "\n  ${_cudnn_name} ${_cudnn_place}: is a folder")
+    elseif(_cudnn_name STREQUAL "CUDNN_INCLUDE_DIR" AND NOT EXISTS "${_cudnn_place}/cudnn.h")
+      string(APPEND _cudnn_wrong "\n  ${_cudnn_name} ${_cudnn_place}: no cudnn.h")
+    endif()
+  endforeach()
+endforeach()
+if(CUDNN_LIBRARY AND NOT CUDNN_INCLUDE_DIR)
+  string(APPEND _cudnn_wrong "\n  CUDNN_LIBRARY ${CUDNN_LIBRARY}: give CUDNN_INCLUDE_DIR too")
+elseif(CUDNN_INCLUDE_DIR AND NOT CUDNN_LIBRARY)
+  string(APPEND _cudnn_wrong "\n  CUDNN_INCLUDE_DIR ${CUDNN_INCLUDE_DIR}: give CUDNN_LIBRARY too")
+endif()
+
 # --- cuDNN ----------------------------------------------------------------------------------------
-if(NOT (CUDNN_LIBRARY AND CUDNN_INCLUDE_DIR))
+if(_cudnn_wrong)
+  string(APPEND _cudnn_looked "${_cudnn_wrong}")
+  set(CUDNN_LIBRARY "CUDNN_LIBRARY-NOTFOUND")
+elseif(NOT (CUDNN_LIBRARY AND CUDNN_INCLUDE_DIR))
   if(_cudnn_given)
     set(_cudnn_places ${_cudnn_given})
   else()
@@ -141,7 +183,7 @@ if(NOT (CUDNN_LIBRARY AND CUDNN_INCLUDE_DIR))
     endif()
   endforeach()
 endif()
-if(CUDNN_INCLUDE_DIR)
+if(CUDNN_LIBRARY AND CUDNN_INCLUDE_DIR)
   _cudnn_read_version(CUDNN_VERSION "${CUDNN_INCLUDE_DIR}")
   _cudnn_object_to_version(_cudnn_objection "${CUDNN_VERSION}")
   if(_cudnn_objection) # to what replaces the search

@@ -1,4 +1,4 @@
-"""Options, the header, parts, skipping without a GPU, clean switches; stores: store_fixtures.py."""
+"""Options, the header, parts, skipping without a GPU, clean switches; the rest: *_fixtures.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dgrad.config import PROVIDERS, Policy
 from dgrad.selection import Selection
 from gpu_record import Record
 
-pytest_plugins = ["store_fixtures"]
+pytest_plugins = ["compare_fixtures", "store_fixtures"]
 # Before they are imported: then a failing assert says what it compared, as in a test.
 pytest.register_assert_rewrite(
     "claims", "core_problem", "fake_cudnn", "fake_device", "gpu_cases", "kernels", "pretended",

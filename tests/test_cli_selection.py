@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,7 +94,20 @@ def test_explain_says_why_nothing_runs(
     ("arguments", "words"),
     [
         (["--input", "2,4,9"], "--input: '2,4,9': expected N,C_in,H,W"),
-        (["--input", "2,4,0,9"], "--input"),
+        (["--input", "2,4,0,9"], "--input: '2,4,0,9': expected N,C_in,H,W of at least 1"),
+        (["--input", "8,64"], "--input: '8,64': expected N,C_in,H,W"),
+        (["--input", "a,b,c,d"], "--input: 'a,b,c,d': expected N,C_in,H,W"),
+        (["--input=-2,4,9,9"], "--input: '-2,4,9,9': expected N,C_in,H,W"),
+        (["--input", f"{2**70},4,9,9"], f"N,C_in,H,W of at least 1, not above {2**63 - 1}"),
+        (["--input", f"{2**63 - 1},4,9,9"], "explain: "),
+        (["--out", ""], "--out: '': expected a positive integer"),
+        (["--out", "1e3"], "--out: '1e3': expected a positive integer"),
+        (["--out", "9" * 5000], f"expected a positive integer, not above {2**63 - 1}"),
+        (["--kernel", "3,"], "--kernel: '3,': expected 'a' or 'a,b' of at least 1"),
+        (["--kernel", "1_0"], "--kernel: '1_0': expected 'a' or 'a,b' of at least 1"),
+        (["--kernel", "\u0663"], "--kernel: '\u0663': expected 'a' or 'a,b' of at least 1"),
+        (["--dilation", str(2**70)], f"'a' or 'a,b' of at least 1, not above {2**63 - 1}"),
+        (["--workspace-limit=-1"], "--workspace-limit: workspace_limit is '-1'"),
         (["--out", "0"], "--out: '0': expected a positive integer"),
         (["--kernel", "3,x"], "--kernel: '3,x': expected 'a' or 'a,b' of at least 1"),
         (["--kernel", "3,3,3"], "--kernel"),
@@ -121,6 +135,10 @@ def test_explain_names_a_wrong_argument(
     out, err = capsys.readouterr()
     assert out == ""
     assert words in err
+    assert err.startswith(("explain: ", "usage: "))
+    assert err.splitlines()[-1].startswith(
+        ("explain: ", "python -m dgrad explain: error: argument")
+    )
 
 
 def test_explain_needs_sizes() -> None:
@@ -140,14 +158,16 @@ def test_explain_and_tune_say_why_no_gpu_can_be_used(
         assert err == f"{arguments[0]}: dgrad cannot run on a GPU here: there is no such thing\n"
 
 
-@pytest.mark.parametrize("command", [["explain"], ["tune"], ["store"], ["store", "load"]])
+@pytest.mark.parametrize(
+    "command", [[], ["compare"], ["explain"], ["tune"], ["bench"], ["store"], ["store", "load"]]
+)
 def test_help_documents_the_exit_codes(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
     assert caught.value.code == 0
-    assert "exit codes:\n  0  " in capsys.readouterr().out
+    assert re.search(r"^exit codes.*:\n  0  ", capsys.readouterr().out, re.MULTILINE)
 
 
 # --- tune: what comes of it ---------------------------------------------------------------------

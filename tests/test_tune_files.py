@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dgrad
-from dgrad import _call, _layers, config
+from dgrad import _call, _layers, config, tune
 from dgrad.cli import main
 from pretended import LAYERS, MODEL, Pretended, pretend, problem, record, selection, told
 
@@ -54,7 +54,12 @@ def test_tune_refuses_a_file_that_is_not_there_and_wrong_arguments(
     assert "tune: nowhere.json: no such file" in capsys.readouterr().err
     assert main(["tune", "."]) == 2
     assert "tune: .: is a folder" in capsys.readouterr().err
-    for wrong in (["--limit", "0"], ["--selection", "heuristic"], ["--no-such"]):
+    assert main(["tune", "n" * 300]) == 2
+    assert "nnn: File name too long" in capsys.readouterr().err
+    assert main(["tune", "/dev/null"]) == 2
+    assert "tune: /dev/null: is no regular file" in capsys.readouterr().err
+    limits = [["--limit", wrong] for wrong in ("0", "-1", "all", "1,", "", str(2**70))]
+    for wrong in (*limits, ["--selection", "heuristic"], ["--no-such"]):
         with pytest.raises(SystemExit) as caught:
             main(["tune", file(LAYERS), *wrong])
         assert caught.value.code == 2
@@ -208,6 +213,7 @@ def test_tune_names_the_line_that_is_no_json(
         ("class Model", "class Other", "the file lacks Model"),
         ("import torch\n", "import no_such_module\n", "cannot be imported at line 2"),
         ("return [8]", "return [0.5]", "Model(*get_init_inputs()) failed"),
+        ("import torch\n", "import sys; sys.exit()\n", "cannot be imported at line 2: SystemExit"),
     ],
 )
 def test_tune_refuses_a_wrong_model(
@@ -224,6 +230,22 @@ def test_tune_refuses_a_wrong_model(
     assert out == ""
     assert f"tune: {path}: " in err
     assert words in err
+
+
+def test_tune_counts_an_exit_of_the_model_as_its_failure(
+    pretended: Pretended,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    file: Callable[..., str],
+) -> None:
+    monkeypatch.setattr(tune, "warm_up", lambda model, *inputs, backward: model(*inputs))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
+    path = file(MODEL.replace("return self.up(x)", "raise SystemExit(0)"), "model.py")
+    assert main(["tune", path, "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert "tune: model.py: SystemExit: 0\n" in err
+    assert json.loads(out)["failed"] == [{"where": "model.py", "reason": "SystemExit: 0"}]
 
 
 def test_tune_takes_a_log_line_by_line(

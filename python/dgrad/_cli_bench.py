@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -11,15 +12,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 import dgrad
-from dgrad._cli_common import Commands, print_table, refuse
+from dgrad._cli_common import Commands, add_parser, positive, print_table, refuse, tracked
 from dgrad._layers import DTYPES
 from dgrad.bench import plot, report
+from dgrad.bench._model_file import unreadable
 from dgrad.bench.contest import PEERS, SELECTIONS, Contest, ContestError, Settings
-from dgrad.bench.record import Record, RecordError
+from dgrad.bench.record import Record, RecordError, unfinished
 from dgrad.bench.suite import DIRECTIONS, LAYOUTS, SUITES, Case, cases
 from dgrad.tune import FileError
 
@@ -30,10 +29,11 @@ for tune. Lists are separated by commas.
 
 Each contestant has a process of its own: PyTorch with cudnn.benchmark off (torch) and on
 (torch-benchmark), torch.compile with it on (torch-compile), and dgrad. All hold a case at once and
-are sampled in turn. Device time is that of a CUDA graph of many calls; host time is until the call
-returns; the eager ratio compares calls back to back. What fits the L2 cache is timed warm, for all
-alike. Ratio is the faster peer's device time over dgrad's: above 1 dgrad is faster. What dgrad's
-store has already is not selected again, and changes no time.
+are sampled in turn. Device time is that of a CUDA graph of many calls, which goes round more copies
+of the tensors than the device's cache holds; host time is until the call returns; the eager ratio
+compares calls back to back, on the same tensors. Ratio is the faster peer's device time over
+dgrad's: above 1 dgrad is faster. What dgrad's store has already is not selected again, and changes
+no time.
 
 The roofline is the larger of bytes / copy bandwidth and operations / rate of a matrix product,
 both measured in the same run; bytes count once, and only multiply-adds that reach the output count.
@@ -48,19 +48,12 @@ exit codes:
   2  an argument or a file is wrong
   3  dgrad cannot run on a GPU here, or a process does not start
   4  --seconds ended the run: repeat it with --resume
-130  interrupted
 """
 
 
 def add_bench(commands: Commands) -> None:
     summary = "Time the layers of a suite with PyTorch and with dgrad, and against the roofline."
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "bench",
-        help=summary,
-        description=summary,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_parser(commands, "bench", summary, _EPILOG)
     parser.set_defaults(run=_bench)
     add = parser.add_argument
     dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in DTYPES.items()}
@@ -73,9 +66,9 @@ def add_bench(commands: Commands) -> None:
     peers = ",".join(same.against)
     add("--against", type=_listed(PEERS), default=peers, help=f"list; default {peers}")
     add("--selection", choices=SELECTIONS, default=same.selection, help="default exhaustive")
-    add("--rounds", type=_positive, default=same.rounds, help="samples of each; default 5")
+    add("--rounds", type=positive, default=same.rounds, help="samples of each; default 5")
     add("--device", choices=("cuda", "cpu"), default=same.device, help="cpu only rehearses")
-    add("--seconds", type=_positive, metavar="N", help="begin no case after N seconds")
+    add("--seconds", type=positive, metavar="N", help="begin no case after N seconds")
     add("--json", metavar="FILE", help="write the record to FILE, after each case")
     add("--resume", action="store_true", help="go on with the record in the --json FILE")
     add("--from", dest="records", nargs="+", metavar="FILE", help="time nothing: show records")
@@ -93,12 +86,6 @@ def _listed(known: Collection[str] | dict[str, str]) -> Callable[[str], tuple[st
         return tuple(dict.fromkeys(names[part] for part in parts))
 
     return parse
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive integer")
-    return int(text)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -120,9 +107,6 @@ def _bench(arguments: argparse.Namespace) -> int:
     except ContestError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
-        print("bench: interrupted", file=sys.stderr)
-        return 130
     if stopped:
         print("bench: stopped by --seconds: repeat with --resume", file=sys.stderr)
         return 4
@@ -133,11 +117,29 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raises what would otherwise come up after an hour."""
     if arguments.plot is not None:
         plot.require(arguments.plot)
-    for path in filter(None, (arguments.json, arguments.plot)):
-        if not Path(path).absolute().parent.is_dir():
-            raise FileError(f"{path}: there is no such folder")
+        _try_to_write(arguments.plot, arguments.plot)
+    if arguments.json is not None:
+        _try_to_write(arguments.json, unfinished(arguments.json))
     if arguments.resume and (arguments.json is None or arguments.records is not None):
         raise FileError("--resume goes on with the FILE of --json")
+
+
+def _try_to_write(path: str, first: str | Path) -> None:
+    """FileError for a file that cannot be written, of which `first` is; leaves nothing behind."""
+    if os.path.exists(path) and (reason := unreadable(path)) is not None:
+        raise FileError(f"{path}: {reason}")
+    if not os.path.basename(path):
+        raise FileError(f"{path!r} names no file")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise FileError(f"{path}: there is no such folder")
+    existed = os.path.lexists(first)
+    try:
+        with open(first, "ab"):
+            pass
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from error
+    if not existed:
+        os.unlink(first)
 
 
 def _merged(paths: list[str]) -> Record:
@@ -210,22 +212,14 @@ def _run_all(
     contest: Contest, wanted: list[Case], record: Record, path: str | None, deadline: float | None
 ) -> bool:
     """Time each case and keep it; False where the deadline came before the last one."""
-    hidden = not sys.stderr.isatty()
-    name = TextColumn("{task.description}", markup=False)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), name)
-    console = Console(stderr=True, soft_wrap=True, quiet=hidden)
-    with Progress(*columns, console=console, disable=hidden) as progress:
-        task = progress.add_task("", total=len(wanted))
-        for case in wanted:
-            if deadline is not None and time.monotonic() > deadline:
-                return False
-            progress.update(task, description=case.label)
-            timed = record.add(contest.run(case))
-            for trouble in report.troubles(timed):
-                print(f"bench: {case.label}: {trouble}", file=sys.stderr)
-            if path is not None:
-                record.save(path)
-            progress.advance(task)
+    for case in tracked(wanted, lambda case: case.label):
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        timed = record.add(contest.run(case))
+        for trouble in report.troubles(timed):
+            print(f"bench: {case.label}: {trouble}", file=sys.stderr)
+        if path is not None:
+            record.save(path)
     return True
 
 

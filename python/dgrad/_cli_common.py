@@ -5,21 +5,37 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+_T = TypeVar("_T")
 Commands = Any  # argparse does not name the type of its sub-parsers in public
 
 
 class _Output(Console):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # main() ends all commands alike
+
+
+def add_parser(
+    commands: Commands, name: str, summary: str, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """Add the command `name`, whose help keeps the lines of `epilog`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
 
 
 def add_command(
@@ -30,22 +46,53 @@ def add_command(
     epilog: str | None = None,
 ) -> argparse.ArgumentParser:
     """Add the command `name`; `run` gets its arguments and returns the exit code."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_parser(commands, name, summary, epilog)
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     parser.set_defaults(run=run)
     return parser
+
+
+def integers(
+    text: str, counts: Collection[int], least: int, expected: str, most: int = 2**63 - 1
+) -> tuple[int, ...]:
+    """An argument's numbers, separated by commas: so many of them, each within the limits.
+
+    `expected` says in words what is. By default `most` is what PyTorch takes as a size.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    # Not int(), which takes 1_0, other scripts' digits, and only so many of them.
+    if len(parts) not in counts or not all(part.isascii() and part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+    if any(len(part.lstrip("0")) > len(str(most)) or int(part) > most for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}, not above {most}")
+    values = tuple(int(part) for part in parts)
+    if min(values) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+    return values
+
+
+def positive(text: str) -> int:
+    return integers(text, (1,), 1, "a positive integer")[0]
 
 
 def refuse(command: str, reason: object) -> int:
     """Say on stderr why a command cannot be done; the exit code for that."""
     print(f"{command}: {reason}", file=sys.stderr)
     return 2
+
+
+def tracked(items: Sequence[_T], label: Callable[[_T], str], hidden: bool = False) -> Iterator[_T]:
+    """The items one by one; a bar on stderr, where that is a terminal, shows which."""
+    hidden = hidden or not sys.stderr.isatty()
+    name = TextColumn("{task.description}", markup=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), name)
+    console = Console(stderr=True, quiet=hidden, soft_wrap=True)
+    with Progress(*columns, console=console, disable=hidden) as progress:
+        task = progress.add_task("", total=len(items))
+        for item in items:
+            progress.update(task, description=label(item))
+            yield item
+            progress.advance(task)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -9,13 +9,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dgrad
 from dgrad import store
-from dgrad._cli_common import Commands, add_command, print_json, print_table, refuse
+from dgrad._cli_common import (
+    Commands,
+    add_command,
+    integers,
+    positive,
+    print_json,
+    print_table,
+    refuse,
+    tracked,
+)
 from dgrad._layers import DIRECTIONS, DTYPES, Layer
+from dgrad.exceptions import first_line
 from dgrad.tune import Entry, FileError, Tuning, read
 
 _EXPLAIN_EPILOG = """\
@@ -56,27 +64,13 @@ def _no_gpu(command: str) -> bool:
 # --- explain ------------------------------------------------------------------------------------
 
 
-def _integers(text: str, counts: tuple[int, ...], least: int, expected: str) -> tuple[int, ...]:
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) not in counts or min(values) < least:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
-    return values
-
-
 def _pair(least: int) -> Callable[[str], tuple[int, ...]]:
     expected = f"'a' or 'a,b' of at least {least}"
-    return lambda text: (_integers(text, (1, 2), least, expected) * 2)[:2]
-
-
-def _positive(text: str) -> int:
-    return _integers(text, (1,), 1, "a positive integer")[0]
+    return lambda text: (integers(text, (1, 2), least, expected) * 2)[:2]
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return _integers(text, (4,), 1, "N,C_in,H,W of at least 1")
+    return integers(text, (4,), 1, "N,C_in,H,W of at least 1")
 
 
 def _bytes(text: str) -> Any:
@@ -91,13 +85,13 @@ def _add_explain(commands: Commands) -> None:
     parser = add_command(commands, "explain", _explain, summary, _EXPLAIN_EPILOG)
     add = parser.add_argument
     add("--input", type=_sizes, required=True, metavar="N,C_in,H,W", help="shape of the input")
-    add("--out", type=_positive, required=True, metavar="C_out", help="channels of the output")
+    add("--out", type=positive, required=True, metavar="C_out", help="channels of the output")
     add("--kernel", type=_pair(1), required=True, metavar="a[,b]", help="size of the kernel")
     add("--stride", type=_pair(1), default=(1, 1), metavar="a[,b]", help="default 1")
     add("--padding", type=_pair(0), default=(0, 0), metavar="a[,b]", help="default 0")
     add("--output-padding", type=_pair(0), default=(0, 0), metavar="a[,b]", help="default 0")
     add("--dilation", type=_pair(1), default=(1, 1), metavar="a[,b]", help="default 1")
-    add("--groups", type=_positive, default=1, metavar="N", help="default 1")
+    add("--groups", type=positive, default=1, metavar="N", help="default 1")
     add("--bias", action="store_true", help="add a bias")
     dtypes = ("float32", "float16", "bfloat16", "float64")
     add("--dtype", choices=dtypes, default="float32", help="default float32")
@@ -117,7 +111,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     try:
         layer = _layer(arguments)
     except (RuntimeError, TypeError, ValueError) as error:
-        return refuse("explain", error)
+        return refuse("explain", first_line(error))
     if _no_gpu("explain"):
         return 3
     directions = DIRECTIONS if arguments.direction == "all" else (arguments.direction,)
@@ -176,7 +170,7 @@ def _add_tune(commands: Commands) -> None:
     _add_selection(parser, ("measure", "exhaustive"), "exhaustive")
     parser.add_argument("--backward", action="store_true", help="select for the gradients too")
     parser.add_argument(
-        "--limit", type=_positive, metavar="N", help="only the first N layers or lines"
+        "--limit", type=positive, metavar="N", help="only the first N layers or lines"
     )
 
 
@@ -205,20 +199,11 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 def _run_all(tuning: Tuning, entries: list[Entry]) -> None:
     # One entry may be a model, and warming it up shows a progress of its own.
-    hidden = not sys.stderr.isatty() or len(entries) == 1
-    name = TextColumn("{task.description}", markup=False)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), name)
-    console = Console(stderr=True, soft_wrap=True, quiet=hidden)
-    with (
-        Progress(*columns, console=console, disable=hidden) as progress,
-        contextlib.redirect_stdout(sys.stderr),  # a model may print
-    ):
-        task = progress.add_task("", total=len(entries))
-        for entry in entries:
-            progress.update(task, description=entry.where)
+    hidden = len(entries) == 1
+    with contextlib.redirect_stdout(sys.stderr):  # a model may print
+        for entry in tracked(entries, lambda entry: entry.where, hidden):
             for where, reason in tuning.add(entry):
                 print(f"tune: {where}: {reason}", file=sys.stderr)
-            progress.advance(task)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

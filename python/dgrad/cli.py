@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import io
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dgrad import _cli_bench, _cli_selection, _cli_store
-from dgrad._cli_common import Commands, add_command, print_json, print_table
+from dgrad._cli_common import Commands, add_command, integers, print_json, print_table
 
 if TYPE_CHECKING:
     from dgrad.bench.compare import Comparison
     from dgrad.bench.timing import Timing
 
-_PIPE_CLOSED = 128 + 13  # as of a process that SIGPIPE has ended
+_INTERRUPTED = 128 + 2  # as of a process that SIGINT has ended
+_PIPE_CLOSED = 128 + 13  # SIGPIPE
+
+_EPILOG = """\
+exit codes of all commands, beside those that each one's --help lists:
+  0    it is done
+  2    an argument or a file is wrong
+130    interrupted
+141    nobody reads the output any more
+"""
 
 _COMPARE_EPILOG = """\
 FILE is a Python file as KernelBench has them: a class Model, get_inputs() and get_init_inputs().
@@ -23,8 +34,8 @@ Without FILE: ConvTranspose2d(64, 64, (3, 7), bias=False) on an input of (8, 64,
 
 Outputs are equal where shape and dtype are, and torch.allclose holds with atol = rtol = 1e-4
 (1e-2 for half types) against PyTorch with its defaults. PyTorch, PyTorch with cudnn.benchmark on,
-and dgrad are each timed in a fresh process. The model is used as constructed, under no_grad; the
-last column is the part of its time that passes in its transposed convolutions.
+and dgrad are each timed in a fresh process, in short turns. The model is used as constructed, under
+no_grad; the last column is the part of its time that passes in its transposed convolutions.
 On the CPU PyTorch's own operator runs in dgrad's layers. There the batch of FILE's inputs is cut
 to 1, and without FILE the input is (1, 64, 128, 128); --full-size keeps them as they are.
 
@@ -41,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Where nobody reads the output any more, as behind ``| head``, it is 141, without a word.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have what it cannot write
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             return _run(argv)
@@ -52,11 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(nothing, descriptor)
         os.close(nothing)
         return _PIPE_CLOSED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dgrad", description="PyTorch's ConvTranspose2d on cuDNN's data gradient."
+        prog="python -m dgrad",
+        description="PyTorch's ConvTranspose2d on cuDNN's data gradient.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in _COMMANDS:
@@ -119,7 +138,7 @@ def _add_compare(commands: Commands) -> None:
         "--budget",
         type=_seconds,
         metavar="SECONDS",
-        help="spent on timed runs of each contestant (default 1)",
+        help="spent on runs of each contestant (default 1)",
     )
     parser.add_argument(
         "--selection",
@@ -135,16 +154,16 @@ def _add_compare(commands: Commands) -> None:
 
 
 def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 2**32 - 1, as NumPy")
-    return value
+    return integers(text, (1,), 0, "a number from 0 to 2**32 - 1, as NumPy", 2**32 - 1)[0]
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a positive number of seconds")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number of seconds")
     return value
 
 

@@ -18,6 +18,7 @@ import torch
 from . import _loader, config
 from ._layers import DIRECTIONS, layers, run_problem
 from ._watch import watching
+from .bench._model_file import WorkerError, unreadable
 from .exceptions import TorchOutOfMemoryError, first_line
 from .explain import warm_up
 from .selection import PROBLEM_FIELDS, Selection
@@ -50,9 +51,9 @@ def read(file: str) -> list[Entry]:
     Raises FileError for a file that cannot be read or holds no entry. A bad line among good ones
     is an entry too, which fails when its turn comes.
     """
+    if (reason := unreadable(file)) is not None:
+        raise FileError(f"{file}: {reason}")
     path = Path(file)
-    if not path.is_file():
-        raise FileError(f"{file}: {'is a folder' if path.is_dir() else 'no such file'}")
     if path.suffix == ".py":
         return [Entry(path.name, path)]
     try:
@@ -126,7 +127,6 @@ def _recorded(fields: object, backward: bool, device: int) -> Iterator[_Call]:
 
 
 def _model(path: Path, backward: bool, device: int) -> _Call:
-    from .bench._model_file import WorkerError
     from .bench._worker import Contestant, Request
 
     contestant = Contestant(Request("dgrad", str(path), f"cuda:{device}", _SEED, full_size=True))
@@ -180,6 +180,8 @@ class Tuning:
                 call()
             except Exception as error:  # whatever a model raises
                 self._fail(entry, error)
+            except SystemExit as error:  # of a model too
+                self._fail(entry, RuntimeError(f"SystemExit: {error}"))
         for event in events:
             if isinstance(event, Selection):
                 self._sources.setdefault(event.problem, event.source)

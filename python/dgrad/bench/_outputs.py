@@ -101,7 +101,9 @@ def _judge(a: object, b: object, where: str, verdict: Verdict) -> None:
         if a != b and not (a != a and b != b):
             verdict.differences.append(f"{where}: {a!r} from PyTorch, {b!r} from dgrad")
     else:
-        parts, others = _parts(a, where), _parts(b, where)
+        parts, others = _parts(a), _parts(b)
+        if parts is None or others is None:
+            raise _unsupported(where, type(a).__name__)
         if parts.keys() != others.keys():
             verdict.differences.append(
                 f"{where}: {list(parts)} from PyTorch, {list(others)} from dgrad"
@@ -111,15 +113,24 @@ def _judge(a: object, b: object, where: str, verdict: Verdict) -> None:
             _judge(part, others[name], f"{where}{name}", verdict)
 
 
-def _parts(value: object, where: str) -> dict[str, object]:
-    """What a container holds, each under the text that indexes it."""
+def tensors(value: object) -> Iterator[torch.Tensor]:
+    """The tensors of a nest of tuples, lists, dicts and dataclasses, whatever else it holds."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    else:
+        for part in (_parts(value) or {}).values():
+            yield from tensors(part)
+
+
+def _parts(value: object) -> dict[str, object] | None:
+    """What a container holds, each under the text that indexes it; None for anything else."""
     if isinstance(value, Mapping):
         return {f"[{key!r}]": part for key, part in value.items()}
     if isinstance(value, (tuple, list)):
         return {f"[{i}]": part for i, part in enumerate(value)}
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f".{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)}
-    raise _unsupported(where, type(value).__name__)
+    return None
 
 
 def _unsupported(where: str, kind: str) -> TypeError:

@@ -7,23 +7,21 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 import dgrad
 from dgrad.bench import environment
-from dgrad.bench._model_file import WorkerError, load, words_of
-from dgrad.bench._outputs import Verdict, gradient_differences, judge
+from dgrad.bench._model_file import WorkerError, load, theirs, words_of
+from dgrad.bench._outputs import Verdict, gradient_differences, judge, tensors
 from dgrad.bench._process import Answer, serve
 from dgrad.bench._share import share
 from dgrad.bench.timing import Sampler
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class Contestant:
         self.reduced: str | None = None  # in words
 
     def prepare(self, benchmark: bool) -> Answer:
-        """Make the model and warm it up under PyTorch's switch of that name."""
+        """Make the model and warm it up under PyTorch's switch of that name; "run_s" of a run."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.load()
@@ -66,7 +64,7 @@ class Contestant:
         self.model, self.inputs = self.build(swap=self.ours)
         with torch.set_grad_enabled(self.request.training):
             self.sampler = Sampler(lambda: self.work(self.model, self.inputs), self.device)
-        return {}
+        return {"run_s": self.sampler.run_s}
 
     def load(self) -> None:
         """Import the compared file; :meth:`build` needs it."""
@@ -109,20 +107,23 @@ class Contestant:
         Leaves the random generators in the same state each time, for dropout and the like.
         """
         self._seed()
-        init_inputs = self._theirs("get_init_inputs() failed", self.module.get_init_inputs)
+        with theirs("get_init_inputs() failed", self.module):
+            init_inputs = self.module.get_init_inputs()
         self._expect_sequence("get_init_inputs()", init_inputs)
         self._seed()
         arguments = [_to(value, self.device) for value in init_inputs]
-        model = self._theirs(
-            "Model(*get_init_inputs()) failed", lambda: self.module.Model(*arguments)
-        )
+        with theirs("Model(*get_init_inputs()) failed", self.module):
+            model = self.module.Model(*arguments)
         if not isinstance(model, nn.Module):
             raise WorkerError(f"Model is not a torch.nn.Module but a {type(model).__name__}")
         model = model.to(self.device)
         self._swap(model, swap)
         self._seed()
-        inputs = self._theirs("get_inputs() failed", self._inputs)
+        with theirs("get_inputs() failed", self.module):
+            inputs = self._inputs()
         self._expect_sequence("get_inputs()", inputs)
+        if not any(True for _ in tensors(inputs)):
+            raise WorkerError("get_inputs() returned no tensor")
         if self.device.type == "cpu" and not self.request.full_size:
             inputs = self._reduce(list(inputs))
         return model, [_to(value, self.device) for value in inputs]
@@ -130,17 +131,14 @@ class Contestant:
     def forward(self, model: nn.Module, inputs: list[Any]) -> object:
         try:
             return model(*inputs)
-        except torch.cuda.OutOfMemoryError as error:
-            raise WorkerError(f"out of memory: {error}", "run") from error
-        except Exception as error:
-            if self.ours:
-                raise WorkerError(
-                    f"Model.forward failed{words_of(error, self.module)}", "run"
-                ) from error
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except BaseException as error:
+            words = f"Model.forward failed{words_of(error, self.module)}"
+            if self.ours and isinstance(error, Exception):  # and not sys.exit()
+                raise WorkerError(words, "run") from error
             hint = f" ({self.reduced})" if self.reduced else ""
-            raise WorkerError(
-                f"Model.forward failed{words_of(error, self.module)}{hint}"
-            ) from error
+            raise WorkerError(words + hint) from error
 
     def step(self, model: nn.Module, inputs: list[Any]) -> object:
         """Forward, backward of the sum of squares of what comes out, SGD's update; the output."""
@@ -149,13 +147,17 @@ class Contestant:
         optimizer.zero_grad()
         output = self.forward(model, inputs)
         # Not the mean, whose gradients half types round to zero.
-        squares = [t.float().square().sum() for t in _tensors(output) if t.requires_grad]
+        squares = [t.float().square().sum() for t in tensors(output) if t.requires_grad]
         if not squares:
             raise WorkerError("Model.forward returned no tensor that requires a gradient")
         try:
             (torch.stack(squares).sum() / len(squares)).backward()
-        except RuntimeError as error:  # out of memory too
-            raise WorkerError(f"the backward pass failed: {error}", "run") from error
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except BaseException as error:
+            fault = "run" if isinstance(error, Exception) else "file"
+            words = words_of(error, self.module)
+            raise WorkerError(f"the backward pass failed{words}", fault) from error
         optimizer.step()
         return output
 
@@ -172,6 +174,8 @@ class Contestant:
         try:
             with torch.no_grad():
                 verdict = judge(output, our_output)
+                if not any(True for _ in tensors(output)):
+                    raise WorkerError("Model.forward returned no tensor")
                 verdict.differences += gradient_differences(gradients, our_gradients)
                 return verdict
         except TypeError as error:
@@ -255,13 +259,6 @@ class Contestant:
             for x in inputs
         ]
 
-    def _theirs(self, failed: str, call: Callable[[], _T]) -> _T:
-        """Run code of the compared file; whatever it raises is told as its failure."""
-        try:
-            return call()
-        except (Exception, SystemExit) as error:
-            raise WorkerError(f"{failed}{words_of(error, self.module)}") from error
-
     @staticmethod
     def _expect_sequence(name: str, value: object) -> None:
         if not isinstance(value, (list, tuple)):
@@ -276,15 +273,6 @@ def _to(value: Any, device: torch.device) -> Any:
     if type(value) is dict:
         return {key: _to(part, device) for key, part in value.items()}
     return value
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of nested tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
 
 
 def _errors(
@@ -326,6 +314,10 @@ def _answer(contestant: Contestant, request: dict[str, Any]) -> Answer:
         answer: Answer = do(**request)
     except WorkerError as error:
         answer = {"error": str(error), "fault": error.fault}
+    except torch.cuda.OutOfMemoryError as error:
+        answer = {"error": f"out of memory: {error}", "fault": "run"}
+    except KeyboardInterrupt:  # nobody's Ctrl-C, which is ignored here
+        answer = {"error": "the file raised KeyboardInterrupt", "fault": "file"}
     return answer
 
 

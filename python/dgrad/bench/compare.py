@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import dgrad
+from dgrad.bench._model_file import unreadable
 from dgrad.bench._process import Failure, Process
 from dgrad.bench._worker import Request
 from dgrad.bench.timing import Timing
 
 _SEED = 42
-_ROUNDS = 5
+_TURNS = 25  # a fifth of them only for PyTorch, see _samples
+_LEAST_TURNS = 5
 _BUDGET_S = 1.0
 _TAIL_LINES = 15
 _WHO = {
@@ -95,24 +97,26 @@ def compare(
 ) -> Comparison:
     """Compare on `device` (default: the GPU, else the CPU), each contestant in a fresh process.
 
-    All hold the model at once and are timed in turn. `file` is in KernelBench's format; None means
-    dgrad.bench.default_model. `budget_s` is the time spent on timed runs of each contestant
+    All hold the model at once and are timed in short turns. `file` is in KernelBench's format;
+    None means dgrad.bench.default_model. `budget_s` is the time spent on runs of each contestant
     (default 1). On the CPU the batch is cut to 1, and dgrad.bench.default_model has a smaller
     image too, unless `full_size`. `selection` is dgrad's flag of that name. With `training` a step
     is timed, forward, backward of the sum of squares and SGD's update, and the gradients of all
     parameters are compared too. The rest of the model with dgrad's layers has the setting with
-    which PyTorch was faster in the first round.
+    which PyTorch was faster in the first turns.
     Raises FileError for a wrong file or device, CompareError where a contestant failed or died.
     """
     where = _device(device)
-    if file is not None and not Path(file).is_file():
-        raise FileError(f"{file}: {'is a folder' if Path(file).is_dir() else 'no such file'}")
+    if file is not None and (reason := unreadable(file)) is not None:
+        raise FileError(f"{file}: {reason}")
     workers = {
         name: _Worker(Request(name, file, str(where), seed, full_size, selection, training))
         for name in _WHO
     }
     shares = {}
     try:
+        for worker in workers.values():  # all together: each takes seconds
+            worker.start()
         samples = _samples(workers, _BUDGET_S if budget_s is None else budget_s)
         for name, worker in workers.items():
             result = worker.ask("finish")
@@ -139,37 +143,43 @@ class _Worker(Process):
     def __init__(self, request: Request) -> None:
         words = json.dumps(asdict(request))
         super().__init__("dgrad.bench._worker", words, last_lines=_TAIL_LINES)
-        self._who = f"{request.file or 'built-in model'}: {_WHO[request.setting]}"
-        self.start()  # all together: each takes seconds
+        self._what = request.file or "built-in model"
+        self._who = _WHO[request.setting]
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
         try:
             return super().ask(do, **fields)
         except Failure as failure:
-            kind = FileError if failure.fault == "file" else CompareError
-            raise kind(f"{self._who}: {failure}") from failure
+            if failure.fault == "file":  # the same whoever runs it
+                raise FileError(f"{self._what}: {failure}") from failure
+            raise CompareError(f"{self._what}: {self._who}: {failure}") from failure
 
 
-def _samples(workers: dict[str, _Worker], budget_s: float) -> dict[str, list[float]]:
-    """Each one's times in milliseconds, taken in turn: what slows the machine hits all alike."""
+def _samples(workers: Mapping[str, Process], budget_s: float) -> dict[str, list[float]]:
+    """Each one's times in milliseconds, taken in turn: what slows the machine hits all alike.
+
+    The turns are many and short, as a machine may be slow for a second. PyTorch's first ones say
+    which setting dgrad's model has; they are left out, as none of dgrad's lie between them.
+    """
     *peers, ours = workers
-    samples: dict[str, list[float]] = {name: [] for name in workers}
+    prepared = [workers[name].ask("prepare", benchmark="benchmark" in name) for name in peers]
+    run_s = max(answer["run_s"] for answer in prepared)
+    # No more than runs that fit: each turn has one at least, however long it takes.
+    turns = max(_LEAST_TURNS, min(_TURNS, int(budget_s / run_s)))
+    first = turns // 5
 
-    def prepare(name: str, benchmark: bool) -> None:
-        workers[name].ask("prepare", benchmark=benchmark)
-        sample(name)
+    def take(names: list[str], turns_taken: int) -> dict[str, list[float]]:
+        samples: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(turns_taken):
+            for name in names[:: -1 if turn % 2 else 1]:
+                answer = workers[name].ask("sample", seconds=budget_s / turns)
+                samples[name] += answer["samples_ms"]
+        return samples
 
-    def sample(name: str) -> None:
-        samples[name] += workers[name].ask("sample", seconds=budget_s / _ROUNDS)["samples_ms"]
-
-    for name in peers:
-        prepare(name, name == "pytorch_benchmark")
-    faster = min(peers, key=lambda name: statistics.median(samples[name]))
-    prepare(ours, faster == "pytorch_benchmark")
-    for turn in range(1, _ROUNDS):
-        for name in list(workers)[:: -1 if turn % 2 else 1]:
-            sample(name)
-    return samples
+    tried = take(peers, first)
+    faster = min(peers, key=lambda name: statistics.median(tried[name]))
+    workers[ours].ask("prepare", benchmark="benchmark" in faster)
+    return take([*workers], turns - first)
 
 
 def _device(wanted: str | None) -> torch.device:

@@ -101,7 +101,7 @@ class Contest:
         try:
             return self._must("ceilings", worker, "ceilings", dtypes=list(dtypes))
         finally:
-            worker.stop()
+            worker.stop(kindly=False)  # it has answered, or nobody waits for that any more
 
     def run(self, case: Case) -> dict[str, Any]:
         """Time one case; plain data.

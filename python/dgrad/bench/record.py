@@ -27,6 +27,11 @@ def label(case: Mapping[str, Any]) -> str:
     return f"{case['name']} {case['dtype']} {case['layout']}"
 
 
+def unfinished(path: str | Path) -> Path:
+    """The name under which :meth:`Record.save` writes."""
+    return Path(f"{path}.tmp")
+
+
 class Record:
     """The cases of one or more runs on one machine under the same settings.
 
@@ -139,9 +144,8 @@ class Record:
             f'"cases": [\n{cases}\n],\n'
             f'"summary": {json.dumps(whole["summary"], indent=1)}\n}}\n'
         )
-        unfinished = Path(f"{path}.tmp")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        unfinished(path).write_text(text, encoding="utf-8")
+        os.replace(unfinished(path), path)
 
 
 def _judged(case: Mapping[str, Any], ceilings: roofline.Ceilings) -> dict[str, Any]:

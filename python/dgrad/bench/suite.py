@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dgrad._layers import Layer, layers
+from dgrad.exceptions import first_line
 from dgrad.tune import FileError, read
 
 _FOLDER = Path(__file__).with_name("suites")
@@ -118,7 +119,7 @@ def _entries(suite: str) -> dict[str, Mapping[str, Any]]:
         try:
             _layer(value, "float32", "nchw")
         except (RuntimeError, TypeError, ValueError) as error:
-            raise FileError(f"{where}: {error}") from error
+            raise FileError(f"{where}: {first_line(error)}") from error
         name = str(value.get("name") or entry.where)
         if name in found:
             raise FileError(f"{where}: the name {name!r} occurs twice")
