@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import dgrad
+from dgrad import _watch
 from dgrad._watch import note, watched, watchers, watching
 
 UP, X = dgrad.ConvTranspose2d(2, 2, 2), torch.randn(1, 2, 3, 3)
@@ -146,3 +148,11 @@ def test_threads_start_as_ever_where_nobody_watches(monkeypatch: pytest.MonkeyPa
     with watching():
         pass
     assert threading.Thread.start is before
+
+
+def test_what_a_thread_holds_is_kept_alive_as_long_and_no_longer() -> None:
+    held = (object(),)
+    before = sys.getrefcount(held)
+    _watch._hold(held)
+    _watch._hold(())
+    assert sys.getrefcount(held) == before

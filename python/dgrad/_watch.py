@@ -10,6 +10,7 @@ while somebody watches: Python tells no thread who started it.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ Event = Selection | str
 
 __all__ = ["Event", "note", "profiling", "watched", "watchers", "watching"]
 
+# Older ones drop a reference to what they hold that they never took (2.11 does, 2.13 does not).
+_TAKES_A_REFERENCE = torch.__version__ < "2.13"
 _KEY = "dgrad.watchers"  # of what a thread holds: the watchers that are told what it runs
 
 _lock = threading.Lock()
@@ -74,6 +77,8 @@ def _held() -> tuple[object, ...]:
 
 
 def _hold(held: tuple[object, ...]) -> None:
+    if _TAKES_A_REFERENCE:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
     torch._C._stash_obj_in_tls(_KEY, held)
 
 
