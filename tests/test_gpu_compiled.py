@@ -76,6 +76,7 @@ def test_a_compiled_model_trains_as_pytorchs(mode: str, dynamic: bool) -> None:
 
 @compiles
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.seconds(4)
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("training", [False, True])
