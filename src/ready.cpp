@@ -39,10 +39,9 @@ void add_over_channels(const py::object& tensor, const py::object& bias) {
     call_method(tensor, add, call_method(bias, view, one, rest, one, one));
 }
 
-py::object sum_over_channels(const py::object& tensor) {
+py::object sum_over(const py::object& tensor, const py::tuple& dims) {
     static const py::str& sum = interned("sum");
-    static const py::tuple& others = *new py::tuple(py::make_tuple(0, 2, 3));
-    return call_method(tensor, sum, others);
+    return call_method(tensor, sum, dims);
 }
 
 bool requires_grad(const py::object& tensor) {
@@ -174,15 +173,15 @@ py::object ReadyCalls::backward(const py::object& context, const py::object& cal
     static const py::str& next_functions = interned("next_functions");
     const auto gradients = call.cast<const ReadyCall&>().gradients;
     if (gradients == nullptr || !may_run() || is_true(process_.recording)) return py::none();
-    for (const py::handle odd : process_.is_odd) {
-        if (stolen(PyObject_CallOneArg(odd.ptr(), grad.ptr())).is(py::handle(Py_True))) {
-            return py::none();
-        }
-    }
     const std::array<py::object, 3> values{saved[0], saved[1], grad};
     if (!enters(grad, gradients->grad_strides) ||
         !(values[0].is_none() || enters(values[0], gradients->a_strides))) {
         return py::none();
+    }
+    for (const py::handle odd : process_.is_odd) {
+        if (stolen(PyObject_CallOneArg(odd.ptr(), grad.ptr())).is(py::handle(Py_True))) {
+            return py::none();
+        }
     }
     const py::tuple needed = attribute(context, needs_input_grad);
     const py::tuple nodes = attribute(context, next_functions);
@@ -199,7 +198,7 @@ py::object ReadyCalls::backward(const py::object& context, const py::object& cal
         found[i] = *entry;
     }
     std::array<py::object, 2> results{py::none(), py::none()};
-    const py::object of_bias = is_needed(2) ? sum_over_channels(grad) : py::none();
+    const py::object of_bias = is_needed(2) ? sum_over(grad, but_channels_) : py::none();
     for (std::size_t i = 0; i < 2; ++i) {
         if (found[i].call == nullptr) continue;
         const ReadyGradients::Gradient& each = gradients->of[i];

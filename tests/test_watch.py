@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,8 +16,7 @@ import torch
 from torch import Tensor
 
 import dgrad
-from dgrad import _watch
-from dgrad._watch import note, watched, watchers, watching
+from dgrad._watch import note, observers, seen_by, watchers, watching
 
 UP, X = dgrad.ConvTranspose2d(2, 2, 2), torch.randn(1, 2, 3, 3)
 
@@ -104,29 +106,44 @@ def backward(depth: int, threads: set[int]) -> None:
         Noting.apply(x, depth, threads).sum().backward()  # type: ignore[no-untyped-call]
 
 
-def test_autograds_threads_are_told_of_for_the_backward_pass_of_the_block(
-    other_thread: ThreadPoolExecutor,
-) -> None:
+def test_what_autograds_threads_run_is_told() -> None:
     threads: set[int] = set()
     with watching() as events:
-        other_thread.submit(backward, 70, set()).result()
-        assert events == []
         backward(70, threads)
     assert len(threads) > 1
     assert events == [f"{depth}" for depth in range(70, -1, -1)]
 
 
+def test_gradients_are_told_to_those_who_watched_their_call(
+    other_thread: ThreadPoolExecutor,
+) -> None:
+    with watching() as events:
+        by = observers()
+
+        def gradients(seen: Any, name: str) -> None:
+            with seen_by(seen):
+                note(name)
+                on_a_thread(lambda: note(f"{name}, on a thread"))
+            note("after")
+
+        other_thread.submit(gradients, by, "ours").result()
+        other_thread.submit(gradients, (), "theirs").result()
+    assert events == ["ours", "ours, on a thread"]
+    with seen_by(by):
+        assert observers() == ()
+
+
 def test_a_thread_that_outlives_the_block_is_not_watched_any_more() -> None:
     go_on, told = threading.Event(), []
     with watching() as events:
-        thread = threading.Thread(target=lambda: (go_on.wait(20), told.append(watched())))
+        thread = threading.Thread(target=lambda: (go_on.wait(20), told.append(observers())))
         thread.start()
         with watching():
             pass
     with watching() as later:
         go_on.set()
         thread.join()
-    assert (told, events, later) == ([False], [], [])
+    assert (told, events, later) == ([()], [], [])
 
 
 def test_threads_start_as_ever_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +167,38 @@ def test_threads_start_as_ever_where_nobody_watches(monkeypatch: pytest.MonkeyPa
     assert threading.Thread.start is before
 
 
-def test_what_a_thread_holds_is_kept_alive_as_long_and_no_longer() -> None:
-    held = (object(),)
-    before = sys.getrefcount(held)
-    _watch._hold(held)
-    _watch._hold(())
-    assert sys.getrefcount(held) == before
+def test_an_interrupt_leaves_nobody_watching() -> None:
+    def interrupt(_event: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watching(interrupt):
+        note("x")
+    assert not watchers
+    assert observers() == ()
+
+
+def test_threads_of_a_call_are_freed_without_the_garbage_collector() -> None:
+    gc.disable()
+    try:
+        with watching():
+            thread = threading.Thread(target=int)
+            thread.start()
+            thread.join()
+            gone = weakref.ref(thread)
+            del thread
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_process_ends_well_after_threads_that_were_watched() -> None:
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+import torch, dgrad
+up, x = dgrad.ConvTranspose2d(2, 2, 2), torch.randn(1, 2, 3, 3)
+pool = ThreadPoolExecutor(4)
+dgrad.explain(lambda: list(pool.map(up, [x] * 8)))
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")

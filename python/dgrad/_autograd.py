@@ -19,7 +19,7 @@ from torch.autograd import Function, forward_ad
 from . import _fallback, _loader, config
 from ._call import INPUTS, OUTPUT, Call, call_for, memory_format, unsuited, unusable
 from ._geometry import Geometry, Pair, is_channels_last
-from ._watch import profiling, watchers
+from ._watch import Watchers, observers, profiling, seen_by, watchers
 from .config import Flags
 from .planner import plan_cache
 
@@ -235,6 +235,8 @@ class _Convolution(Function):
             if result is not None:
                 return result
         recipe = _recipe(made)
+        if watchers:
+            ctx.watched_by = observers()
         return convolution(
             recipe.direction, a, b, recipe.geometry, recipe.size, recipe.flags, recipe.call, bias
         )
@@ -249,19 +251,30 @@ class _Convolution(Function):
             known = ready.backward(ctx, ctx.made, saved, grad)
             if known is not None:
                 return known
-        made = _recipe(ctx.made)
-        a, b = saved
-        needed, nodes = ctx.needs_input_grad, ctx.next_functions
-        grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
-        values = entered(made, a, b, grad.resolve_neg())
-        special = torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_batched(grad)
-        run = convolution if special else unrecorded
-        found: list[Tensor | None] = [None, None]
-        for index, (direction, first, second) in enumerate(GRADIENTS[made.direction]):
-            if needed[index] and _is_asked(nodes[index][0]):
-                taken = values[first], values[second]
-                found[index] = run(direction, *taken, made.geometry, made.sizes[index], made.flags)
-        return *found, grad_bias, None
+        if not watchers:
+            return _long_way(ctx, saved, grad)
+        by: Watchers = getattr(ctx, "watched_by", ())
+        with seen_by(by):
+            return _long_way(ctx, saved, grad)
+
+
+def _long_way(
+    ctx: Any, saved: tuple[Tensor | None, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What the backward pass of a recorded call gives, each gradient by a call of its own."""
+    made = _recipe(ctx.made)
+    a, b = saved
+    needed, nodes = ctx.needs_input_grad, ctx.next_functions
+    grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
+    values = entered(made, a, b, grad.resolve_neg())
+    special = torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_batched(grad)
+    run = convolution if special else unrecorded
+    found: list[Tensor | None] = [None, None]
+    for index, (direction, first, second) in enumerate(GRADIENTS[made.direction]):
+        if needed[index] and _is_asked(nodes[index][0]):
+            taken = values[first], values[second]
+            found[index] = run(direction, *taken, made.geometry, made.sizes[index], made.flags)
+    return *found, grad_bias, None
 
 
 # record(a, b, bias, ready) is convolution() of a ready call, for tensors of which one

@@ -16,7 +16,7 @@ from ._candidates import make_plan, other_precision, pass_operation
 from ._knowledge import Use, knowledge_of
 from ._measuring import FAILURES, UNPLANNABLE, Measuring, timing_policy
 from ._refusal import nothing_usable, reason
-from ._watch import note, profiling, watched, watchers
+from ._watch import note, observers, profiling, watchers
 from .config import Policy
 from .exceptions import (
     CudnnError,
@@ -100,7 +100,7 @@ class Runner:
                 continue
             if self.use is None:
                 self.use = self._announce()
-            if watchers and watched():  # a rehearsal, which does not count
+            if watchers and observers():  # a rehearsal, which does not count
                 note(self.selection())
                 self._knowledge.pack()
             else:

@@ -2,18 +2,19 @@
 
 Note [Whose]
 A block that watches is told of what its own thread runs, of what the threads run that this one
-starts meanwhile, and of what autograd's threads run for the backward passes of these: of nothing
-that other threads of the program do at the same time. PyTorch hands its thread-local objects on to
-autograd's threads. Threads that are started get them from ``Thread.start``, which is another one
-while somebody watches: Python tells no thread who started it.
+starts meanwhile, and of the gradients of what these have run: not of what other threads of the
+program do at the same time. Threads that are started carry on who watches from ``Thread.start``,
+which is another one while somebody watches: Python tells no thread who started it. Autograd has
+threads of its own, so a call keeps who watched it for its gradients. What compiled code runs
+backward has nothing to keep it in: all who watch are told of it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch._C._autograd import _profiler_enabled as profiling
@@ -21,14 +22,14 @@ from torch._C._autograd import _profiler_enabled as profiling
 from .selection import Selection
 
 Event = Selection | str
+Watchers = tuple[object, ...]
 
-__all__ = ["Event", "note", "profiling", "watched", "watchers", "watching"]
+__all__ = ["Event", "Watchers", "note", "observers", "profiling", "seen_by", "watchers", "watching"]
 
-# Older ones drop a reference to what they hold that they never took (2.11 does, 2.13 does not).
-_TAKES_A_REFERENCE = torch.__version__ < "2.13"
-_KEY = "dgrad.watchers"  # of what a thread holds: the watchers that are told what it runs
+_CARRIED = "_dgrad_watchers"  # what a thread got from the one that started it
 
 _lock = threading.Lock()
+_own = threading.local()  # its .held: who watches what a thread runs now
 _start = threading.Thread.start
 _replaced = False  # whether it is called by _start_watched now
 
@@ -38,15 +39,26 @@ watchers: dict[object, Callable[[Event], None]] = {}
 
 def note(event: Event) -> None:
     """Tell those who watch this thread: see Note [Whose]."""
-    for watcher in _held():
+    for watcher in observers():
         tell = watchers.get(watcher)
         if tell is not None:
             tell(event)
 
 
-def watched() -> bool:
-    """Whether someone watches this thread."""
-    return any(watcher in watchers for watcher in _held())
+def observers() -> Watchers:
+    """Those who watch what this thread runs now."""
+    return tuple(watcher for watcher in _held() if watcher in watchers)
+
+
+@contextmanager
+def seen_by(held: Watchers) -> Iterator[None]:
+    """Let these alone watch what this thread runs in the block."""
+    before = getattr(_own, "held", None)
+    _own.held = held
+    try:
+        yield
+    finally:
+        _own.held = before
 
 
 @contextmanager
@@ -59,27 +71,23 @@ def watching(tell: Callable[[Event], None] | None = None) -> Iterator[list[Event
         if tell is not None:
             tell(event)
 
-    watcher, before = object(), _held()
-    _enter(watcher, add)
-    _hold((*before, watcher))
+    watcher = object()
     try:
-        yield events
+        _enter(watcher, add)
+        with seen_by((*_held(), watcher)):
+            yield events
     finally:
-        _hold(before)
         _leave(watcher)
 
 
-def _held() -> tuple[object, ...]:
-    held: tuple[object, ...] = ()
-    if torch._C._is_key_in_tls(_KEY):
-        held = torch._C._get_obj_in_tls(_KEY)
-    return held
-
-
-def _hold(held: tuple[object, ...]) -> None:
-    if _TAKES_A_REFERENCE:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
-    torch._C._stash_obj_in_tls(_KEY, held)
+def _held() -> Watchers:
+    held: Watchers | None = getattr(_own, "held", None)
+    if held is not None:
+        return held
+    if torch._C._current_graph_task_id() != -1:  # autograd's thread
+        return tuple(watchers)
+    carried: Watchers = getattr(threading.current_thread(), _CARRIED, ())
+    return carried
 
 
 def _enter(watcher: object, tell: Callable[[Event], None]) -> None:
@@ -94,20 +102,15 @@ def _enter(watcher: object, tell: Callable[[Event], None]) -> None:
 def _leave(watcher: object) -> None:
     global _replaced
     with _lock:
-        del watchers[watcher]
+        watchers.pop(watcher, None)
         # Another may have put its own around it: then it stays, and does nothing.
         if not watchers and threading.Thread.start is _start_watched:
             threading.Thread.start = _start  # type: ignore[method-assign]
             _replaced = False
 
 
-def _start_watched(self: threading.Thread) -> None:
-    held, run = _held(), self.run
-
-    def run_watched() -> None:
-        _hold(held)
-        run()
-
+def _start_watched(self: threading.Thread, *arguments: Any) -> None:
+    held = observers()
     if held:
-        self.run = run_watched  # type: ignore[method-assign]
-    _start(self)
+        setattr(self, _CARRIED, held)
+    _start(self, *arguments)
