@@ -52,9 +52,10 @@ def observers() -> Watchers:
 
 @contextmanager
 def seen_by(held: Watchers) -> Iterator[None]:
-    """Let these alone watch what this thread runs in the block."""
+    """Let these watch what this thread runs in the block, beside those who watch it in an outer
+    block, and nobody else."""
     before = getattr(_own, "held", None)
-    _own.held = held
+    _own.held = tuple(dict.fromkeys((*(before or ()), *held)))
     try:
         yield
     finally:
