@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import random
 import sys
 import threading
@@ -311,3 +313,26 @@ def test_threads_that_use_a_full_cache_while_it_asks_what_ran_break_nothing() ->
         for thread in threads:
             thread.join()
     assert cache.size == 64
+
+
+def test_an_entry_that_is_used_while_the_others_are_looked_at_breaks_nothing() -> None:
+    cache = PlanCache(max_size=64)
+    native = SimpleNamespace(hits=0, clear=lambda: None)
+    cache.ready = cast(Any, native)
+    for key in range(64):
+        cache.put(key, SimpleNamespace(ran_natively=lambda: False))
+    keys = itertools.cycle(range(64))
+    threshold = gc.get_threshold()
+    # Before Python 3.12 an object that is made may collect garbage, and so let other code run. Not
+    # a pair that was there before, so all of these are held.
+    pairs = [(key, -key) for key in range(4096)]
+    gc.callbacks.append(lambda *_: cache.get(next(keys)))
+    gc.set_threshold(1)
+    try:
+        native.hits = 1
+        cache.put(64, SimpleNamespace(ran_natively=lambda: False))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.pop()
+    assert cache.size == 64
+    assert len(pairs) == 4096

@@ -70,8 +70,13 @@ class BoundedCache(Generic[K, V]):
             return kept
 
     def values(self) -> list[V]:
+        """All entries, in the order in which they came."""
         with self._lock:
-            return list(self._entries.values())
+            return [value for _, value in self._items()]
+
+    def _items(self) -> list[tuple[K, V]]:
+        # Under the lock, and as of a plain dict: its order stays when get() moves an entry.
+        return list(dict.items(self._entries))
 
     def clear(self) -> None:
         """Forget all entries and set the counts to zero."""

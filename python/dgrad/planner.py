@@ -73,8 +73,7 @@ class PlanCache(BoundedCache[Any, Any]):
         """Count what native code ran as used now: it does so without this cache."""
         if hits != self._ready_hits:
             self._ready_hits = hits
-            entries = list(self._entries.items())  # at once: get() takes no lock
-            for key in [key for key, entry in entries if entry.ran_natively()]:
+            for key in [key for key, entry in self._items() if entry.ran_natively()]:
                 self._entries.move_to_end(key)
 
     def clear(self) -> None:
