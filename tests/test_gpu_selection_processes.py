@@ -19,7 +19,7 @@ import torch
 
 import dgrad
 from dgrad.planner import decisive_ms
-from dgrad.selection import Candidate
+from dgrad.selection import IDENTITY, Candidate
 from gpu_layers import SUITE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store")]
@@ -95,6 +95,7 @@ print(json.dumps({"measured": len(measured), "chosen": chosen, "first": first, "
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 @pytest.mark.seconds(20)
 def test_a_second_process_measures_nothing_and_starts_at_once(own_store: Path) -> None:
     def run() -> dict[str, Any]:
@@ -125,8 +126,12 @@ def test_a_second_process_measures_nothing_and_starts_at_once(own_store: Path) -
     loading, loaded = second["first"]["extra_ms"], second["again"]["extra_ms"]
     for name, extra in (("with kernels to load", loading), ("with loaded kernels", loaded)):
         print(f"first calls over later ones, {name}: {extra} ms")  # pytest -rP shows it
-    assert len(loaded) == len(loading) == 24
-    assert max(loaded) < 5.0, loaded
+    names = second["chosen"][3:]  # in order of first use, after those of the warm-up
+    assert len(loaded) == len(loading) == len(names) == 24
+    ready = [ms for ms, name in zip(loaded, names, strict=True) if IDENTITY not in name]
+    assert max(ready) < 5.0, loaded
+    # cuDNN takes about 45 us for a kilobyte of what it has compiled, of which there are up to 300.
+    assert max(loaded) < 30.0, loaded
     assert statistics.median(loading) < 5.0, loading
 
 
