@@ -130,7 +130,7 @@ def test_a_second_process_measures_nothing_and_starts_at_once(own_store: Path) -
     assert len(loaded) == len(loading) == len(names) == 24
     ready = [ms for ms, name in zip(loaded, names, strict=True) if IDENTITY not in name]
     assert max(ready) < 5.0, loaded
-    # cuDNN takes about 45 us for a kilobyte of what it has compiled, of which there are up to 300.
+    # cuDNN takes about 45 us for a kilobyte of what it has compiled, of which there are hundreds.
     assert max(loaded) < 30.0, loaded
     assert statistics.median(loading) < 5.0, loading
 
