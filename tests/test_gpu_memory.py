@@ -50,6 +50,7 @@ def large_tensors() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     torch.cuda.empty_cache()
 
 
+@pytest.mark.alone  # a process beside it may hold the memory
 class TestMoreThan2To31Elements:
     def test_the_output_is_that_of_the_parts(
         self, large_tensors: tuple[Tensor, Tensor, Tensor]
