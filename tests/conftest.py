@@ -62,7 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="K/N",
         help="run the K-th of N parts of the gpu tests; `python tests/merge_gpu.py` makes one "
         "record of all. The last one has the tests that want the GPU for themselves: to be run "
-        "after the others",
+        "after the others. Parts that run at once want few threads each: OMP_NUM_THREADS=2",
     )
 
 
