@@ -25,11 +25,13 @@ bool same_types(PyObject* left, PyObject* right) {
     return true;
 }
 
-// Whether hashing and comparing such a value runs no code but the interpreter's own.
-bool is_plain(PyObject* value) {
+// Whether hashing and comparing such a value runs no code but the interpreter's own, and ends: a
+// state is a tuple of values and of tuples, and deeper ones could use up the stack.
+bool is_plain(PyObject* value, int levels = 2) {
     if (PyTuple_CheckExact(value)) {
+        if (levels == 0) return false;
         for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
-            if (!is_plain(PyTuple_GET_ITEM(value, i))) return false;
+            if (!is_plain(PyTuple_GET_ITEM(value, i), levels - 1)) return false;
         }
         return true;
     }
@@ -56,7 +58,8 @@ bool ReadyKey::add(const TensorReader& tensors, const py::object& object) {
     const auto dims = static_cast<std::size_t>(tensor.ndim);
     // A null address is of a tensor without memory, such as one of zeros. A negative view shares
     // all that is read here with what it is the negative of; PyTorch makes them of imaginary parts,
-    // which are never aligned, and to ask each tensor would give the GIL to other threads.
+    // which are not aligned (unless as_strided moves them, and then the sign is wrong), and to ask
+    // each tensor would give the GIL to other threads.
     if (tensor.device_type != dlpack::cuda || tensor.strides == nullptr || tensor.data == nullptr ||
         reinterpret_cast<std::uintptr_t>(address(tensor)) % alignment != 0 || dims > 4 ||
         count_ + 2 * dims + 2 > most_facts) {

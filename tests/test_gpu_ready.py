@@ -110,6 +110,16 @@ def test_what_is_equal_but_of_another_type_is_told_apart() -> None:
             dgrad.conv_transpose2d(x, w, b, wrong)  # type: ignore[arg-type]
 
 
+def test_a_stride_of_nested_tuples_is_refused_however_deep() -> None:
+    x, w, _ = tensors()
+    dgrad.conv_transpose2d(x, w, stride=2)
+    stride: Any = 2
+    for _ in range(400_000):  # more than the stack has room for
+        stride = (stride,)
+    with pytest.raises((TypeError, RuntimeError), match="stride"):
+        dgrad.conv_transpose2d(x, w, stride=stride)
+
+
 def test_flags_and_switches_are_part_of_the_call() -> None:
     x, w, _ = tensors((4, 64, 32, 32), (64, 64, 3, 3))
     exact = F.conv_transpose2d(x.double(), w.double())

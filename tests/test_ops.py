@@ -117,6 +117,23 @@ def test_an_operator_without_a_rule_for_tangents_refuses_them(name: str, device:
 
 
 @on_each_device
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        lambda y, w, bias: (y, w, bias[:1]),
+        lambda y, w, bias: (y, w, bias.half()),
+        lambda y, w, bias: (y, w.double(), None),
+        lambda y, w, bias: (y[0], w[0], None),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(unfit: Callable[..., Any], device: str) -> None:
+    x, w, y = tensors(device, torch.float32)
+    given = unfit(y, w, torch.zeros(x.shape[1], device=device))
+    with pytest.raises(RuntimeError):
+        torch.ops.dgrad.dgrad(*given, (12, 15), *GEOMETRY)
+
+
+@on_each_device
 @pytest.mark.usefixtures("taken")
 def test_operators_are_counted_as_pytorchs(device: str) -> None:
     def counted(function: Callable[..., Tensor], *given: Tensor, **named: Any) -> int:

@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import _fallback, _loader, config
-from ._call import INPUTS, OUTPUT, Call, call_for, memory_format, unsuited, unusable
+from ._call import (
+    INPUTS,
+    OUTPUT,
+    Call,
+    call_for,
+    check_operands,
+    memory_format,
+    unsuited,
+    unusable,
+)
 from ._geometry import Geometry, Pair, is_channels_last
 from ._watch import Watchers, observers, profiling, seen_by, watchers
 from .config import Flags
@@ -140,6 +149,9 @@ def convolution(
     if forward_ad._current_level >= 0 and _fallback.have_tangents(a, b, bias):
         _fallback.announce(flags, _fallback.FORWARD_MODE)
         return _fallback.run(direction, a, b, geometry, size, bias)
+    if call is None and _is_foreign(a, b):
+        _fallback.announce(flags, "a dispatch mode or a subclass of Tensor is at work")
+        return _fallback.run(direction, a, b, geometry, size, bias)
     if torch.is_grad_enabled() and (
         a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -151,6 +163,7 @@ def convolution(
         if reason is not None:
             _fallback.announce(flags, reason)
             return _fallback.run(direction, a, b, geometry, size, bias)
+        check_operands(direction, a, b, bias, geometry.groups)
         call = call_for(direction, a, b, geometry, size, flags, bias)
     return call(a, b, bias)
 
@@ -164,7 +177,11 @@ def unrecorded(
     flags: Flags | None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """:func:`convolution` where autograd records nothing, by native code where it is known."""
+    """:func:`convolution` where autograd records nothing, by native code where it is known.
+
+    Raises:
+        RuntimeError: as :func:`dgrad._call.check_operands`, besides.
+    """
     held = config.current()
     state = (direction, size, *geometry, *config.switches(flags))
     watched = watchers or profiling()
@@ -172,6 +189,7 @@ def unrecorded(
         result = plan_cache.ready.run(a, b, bias, state)
         if result is not None:
             return result
+    check_operands(direction, a, b, bias, geometry.groups)
     if watched or plan_cache.exchange is None:
         return convolution(direction, a, b, geometry, size, flags, None, bias)
     if (unsuited(a) or unusable(torch._C._get_cudnn_enabled())) is not None:
@@ -208,6 +226,13 @@ def _is_batched(tensor: Tensor) -> bool:
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(tensor) or functorch.is_functorch_wrapped_tensor(
         tensor
+    )
+
+
+def _is_foreign(*tensors: Tensor | None) -> bool:
+    """Whether a mode wants to see what is done to them, or a subclass has rules of its own."""
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        type(tensor) not in _fallback.PLAIN_TYPES for tensor in tensors if tensor is not None
     )
 
 
@@ -266,9 +291,10 @@ def _long_way(
     a, b = saved
     needed, nodes = ctx.needs_input_grad, ctx.next_functions
     grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
-    values = entered(made, a, b, grad.resolve_neg())
+    grad = torch.zeros_like(grad) if grad._is_zerotensor() else grad.resolve_neg()
+    values = entered(made, a, b, grad)
     special = torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_batched(grad)
-    run = convolution if special else unrecorded
+    run = convolution if special or _is_foreign(a, b, grad) else unrecorded
     found: list[Tensor | None] = [None, None]
     for index, (direction, first, second) in enumerate(GRADIENTS[made.direction]):
         if needed[index] and _is_asked(nodes[index][0]):

@@ -303,6 +303,26 @@ def _images_per_call(shapes: dict[str, tuple[int, ...]]) -> int:
     return min(MAX_ELEMENTS // math.prod(shapes[name][1:]) for name in "xy")
 
 
+def check_operands(direction: str, a: Tensor, b: Tensor, bias: Tensor | None, groups: int) -> None:
+    """RuntimeError, PyTorch's class, for tensors that no call reads together.
+
+    What a forward pass saved may have changed since: ``layer.half()`` changes a saved weight.
+    """
+    first, second = INPUTS[direction]
+    for name, tensor in ((first, a), (second, b)):
+        if tensor.dim() != 4:
+            raise RuntimeError(f"{name} has shape {tuple(tensor.shape)}, expected 4 dimensions")
+    if bias is not None and bias.shape != (b.shape[1] * groups,):
+        raise RuntimeError(f"bias has shape {tuple(bias.shape)}, expected ({b.shape[1] * groups},)")
+    for name, other in ((second, b), ("bias", bias)):
+        if other is None or (other.dtype is a.dtype and other.device == a.device):
+            continue
+        raise RuntimeError(
+            f"{name} is {other.dtype} on {other.device}, expected {a.dtype} on {a.device} as "
+            f"{first}; if it was saved for the backward pass, it has changed since"
+        )
+
+
 def call_for(
     direction: str,
     a: Tensor,
