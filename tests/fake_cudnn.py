@@ -181,7 +181,7 @@ class FakeCore:
     def sequence(self, first: FakePlan, second: FakePlan) -> FakePlan:
         size = max(first.workspace_bytes, second.workspace_bytes)
         name, compiled = f"{first.name} + {second.name}", first.compiled + second.compiled
-        return FakePlan(self, name, size, first.notes, compiled)
+        return FakePlan(self, name, size, first.notes + second.notes, compiled)
 
     def storage(self, size: int, device: torch.device) -> Any:
         assert device == torch.device("cuda", 0)

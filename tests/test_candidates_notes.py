@@ -10,7 +10,7 @@ import pytest
 from dgrad import _candidates
 from dgrad._candidates import Blocked, gather, make_plan
 from dgrad.selection import Candidate
-from fake_cudnn import STRICT, STRICT_BIASED, FakeEngine, FakeProblem, Start
+from fake_cudnn import STRICT, STRICT_BIASED, FakeEngine, FakeProblem, FakeResult, Start
 
 NOTES: list[tuple[str, bool, tuple[str, ...], str | None]] = [
     ("float32", True, ("TENSOR_CORE",), None),
@@ -76,7 +76,7 @@ def test_a_plan_whose_notes_contradict_the_record_is_refused(
 def test_the_notes_of_the_convolution_count_where_a_pass_follows(start: Start) -> None:
     start(
         convolution=[FakeEngine("eng5", [], true_notes=["TENSOR_CORE"]), FakeEngine("eng6")],
-        bias_rows=[FakeEngine("eng1", ["TENSOR_CORE"])],
+        bias_rows=[FakeEngine("eng1")],
     )
     wrong = Candidate("graph", "eng5", "FMA_MATH", True, 0, bias="eng1")
     with pytest.raises(ValueError, match="it may round float32 to tf32"):
@@ -130,6 +130,40 @@ def test_a_blocked_engine_is_rejected_in_every_graph(
     assert (blocked.rejected, other.rejected) == ("it is known to be wrong", None)
     with pytest.raises(ValueError, match=r"^it is known to be wrong$"):
         make_plan(problem, replace(blocked, rejected=None))  # type: ignore[arg-type]
+
+
+def test_a_stored_pass_behind_a_legacy_call_is_judged_by_its_notes_too(start: Start) -> None:
+    notes = ("DOWN_CONVERT_INPUTS",)
+    passes = [FakeEngine("eng1", (), true_notes=notes), FakeEngine("eng2")]
+    start(FakeResult("ALGO_1", math_type="FMA_MATH"), bias_rows=passes)
+    stored = Candidate("legacy", "ALGO_1", "FMA_MATH", True, 0, bias="eng1")
+    with pytest.raises(ValueError, match="it may round its inputs to a shorter type"):
+        make_plan(STRICT_BIASED, stored)  # type: ignore[arg-type]
+    make_plan(STRICT_BIASED, replace(stored, bias="eng2"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("engine", "direction", "is_blocked"),
+    [
+        ("eng67", "wgrad", True),
+        ("eng67_k2=0", "wgrad", True),
+        ("eng670", "wgrad", False),
+        ("eng67", "dgrad", False),
+        ("eng47", "wgrad", True),
+        ("eng47_k2=0", "wgrad", True),
+        ("eng47_k0=0_k2=0", "wgrad", True),
+        ("eng47_k0=1_k2=0", "wgrad", False),
+        ("eng47_k0=10_k2=0", "wgrad", True),
+        ("eng470_k0=0", "wgrad", False),
+    ],
+)
+def test_no_name_of_a_blocked_engine_gets_by(
+    start: Start, engine: str, direction: str, is_blocked: bool
+) -> None:
+    dtype = "float32" if engine.startswith("eng67") else "float16"
+    start(convolution=[FakeEngine(engine)])
+    (candidate, *_) = gather(FakeProblem(direction, dtype, tf32=True, alignment=8))
+    assert (candidate.rejected is not None) == is_blocked
 
 
 @pytest.mark.parametrize("row", _candidates.BLOCKED, ids=lambda row: row.engines)

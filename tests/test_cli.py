@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,25 @@ def test_a_closed_pipe_ends_a_command_quietly(
     os.close(writer)
     assert told.read_text() == ""
     assert done.returncode in codes
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["store", "list"]])
+def test_a_full_disk_has_an_exit_code_of_its_own(arguments: list[str], tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dgrad", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "DGRAD_STORE": str(tmp_path)},
+        )
+    assert done.returncode == 74
+    assert done.stderr.endswith("the output cannot be written: No space left on device\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_words_for_a_closed_stderr_do_not_come_to_stdout() -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m dgrad store load no_such_file.json 2>&-"
+    done = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (2, "")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -109,4 +112,71 @@ def test_set_flags_holds_until_it_is_changed() -> None:
     assert (flags.deterministic, flags.allow_tf32) == (True, False)
     assert flags.algorithm == (("dgrad", ("legacy:ALGO_1",)),)
     dgrad.set_flags(deterministic=None, algorithm=None, allow_tf32=None)
+    assert config.current() == DEFAULTS
+
+
+def test_what_is_set_inside_a_decorated_function_ends_with_the_call() -> None:
+    @dgrad.flags(deterministic=True)
+    def selection() -> str | None:
+        before = config.current().selection
+        dgrad.set_flags(selection="heuristic")
+        return before
+
+    assert [selection(), selection()] == [None, None]
+    assert config.current() == DEFAULTS
+
+
+def test_a_block_of_a_thread_that_ended_is_no_other_threads() -> None:
+    def leave_open() -> None:
+        left.append(dgrad.flags(deterministic=True))
+        left[0].__enter__()
+
+    left: list[Any] = []
+    first = threading.Thread(target=leave_open)
+    first.start()
+    first.join()
+    for _ in range(50):  # of which some have the first one's number
+        thread = threading.Thread(target=dgrad.set_flags, kwargs={"workspace_limit": 3})
+        thread.start()
+        thread.join()
+        assert config._base == config.Flags(workspace_limit=3)
+        dgrad.set_flags(workspace_limit=None)
+    left[0].__exit__(None, None, None)
+    assert config.current() == DEFAULTS
+
+
+def test_a_block_that_the_collector_closes_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def suspended(itself: list[Iterator[None]]) -> Iterator[None]:
+        with dgrad.flags(workspace_limit=7):
+            yield
+
+    cycle: list[Iterator[None]] = []  # which the collector alone ends
+    cycle.append(suspended(cycle))
+    next(cycle[0])
+    replace = config.replace
+
+    def replace_late(*arguments: Any, **named: Any) -> Any:
+        made = replace(*arguments, **named)
+        gc.collect()
+        return made
+
+    monkeypatch.setattr(config, "replace", replace_late)
+    del cycle
+    dgrad.set_flags(fallback="error")  # in the block, which ends meanwhile
+    assert config._blocks == []
+    assert config.current() == DEFAULTS
+
+
+def test_an_interrupt_while_a_block_begins_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    combine = config._combine
+
+    def interrupted() -> None:
+        combine()
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(config, "_combine", interrupted)
+    with pytest.raises(KeyboardInterrupt), dgrad.flags(deterministic=True):
+        pass
+    assert config._blocks == []
     assert config.current() == DEFAULTS

@@ -160,7 +160,8 @@ def test_an_unknown_operation_lists_the_known_ones() -> None:
 WRONG_ENGINES = (
     "", "5", "eng", "ENG5", "eng 5", " eng5", "eng5 ", "eng+5", "eng5_", "eng5_k2", "eng5_k2=",
     "eng5_k=3", "eng5_k2=3=4", "eng5k2=3", "eng5_k2=3_", "eng5,k2=3", "eng5\0", "eng5+identity",
-    f"eng{2**63}", f"eng5_k{2**63}=0", f"eng5_k2={2**63}", "eng\u0665",
+    f"eng{2**63}", f"eng5_k{2**63}=0", f"eng5_k2={2**63}", "eng\u0665", "eng5_k3=0_k2=1",
+    "eng5_k2=0_k2=1",
 )  # fmt: skip
 
 

@@ -83,6 +83,19 @@ def test_a_record_after_one_that_was_cut_off_begins_on_a_new_line(
     assert os.strerror(errno.EFBIG) in warning
 
 
+def test_a_file_that_may_be_written_alone_gets_every_record(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(*arguments)
+
+    monkeypatch.setattr(log, "open", refuse, raising=False)
+    for _ in range(3):
+        _select()
+    monkeypatch.undo()
+    assert _sources(file.read_text().splitlines()) == ["measured"] * 3
+
+
 def test_a_pipe_gets_whole_lines(file: Path) -> None:
     os.mkfifo(file)
     reader = os.open(file, os.O_RDONLY | os.O_NONBLOCK)

@@ -46,14 +46,14 @@ BLOCKED = (
         "its result can be wrong (cuDNN 9.19: stride 2, padding 1 and 5, relative error 55)",
     ),
     Blocked(
-        r"eng67_.*",
+        r"eng67(_.*)?",
         "wgrad",
         ("float32",),
         8,
         "it faults at addresses of less than 16 bytes' alignment (cuDNN 9.19)",
     ),
     Blocked(
-        r"eng47_k0=(?!1_).*",
+        r"eng47(?!_k0=1_)(_.*)?",
         "wgrad",
         _HALF_TYPES,
         16,
@@ -264,7 +264,7 @@ def make_plan(problem: Problem, candidate: Candidate, compiled: Sequence[bytes] 
     device. ``compiled`` is the same of an earlier plan of the candidate.
     """
     plan = plan_of(problem, candidate, compiled)
-    if candidate.provider == "graph":
+    if candidate.provider == "graph" or candidate.bias not in (None, FUSED, ADD):
         # The record may come from a file; what runs is what the engine says of itself.
         engine = candidate.algorithm.partition(IDENTITY)[0]
         notes = plan.notes

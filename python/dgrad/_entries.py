@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from . import log
 from ._files import read_own
-from ._folders import ABSENT, trusted
+from ._folders import ABSENT, is_there
 from ._stored import FOLDER, MAX_BYTES, decode, file_name, text_of, validated
 from .selection import Candidate
 
@@ -27,9 +27,10 @@ PASSING = re.compile(  # not for long there
 
 
 def folders_of(root: Path | None) -> list[Path]:
-    names = sorted(os.listdir(root)) if root and trusted(root) else []
+    """The folders of all GPUs and cuDNNs; OSError if one is not the user's own, or unreadable."""
+    names = sorted(os.listdir(root)) if root and is_there(root) else []
     found = [Path(root or "", name) for name in names if FOLDER.fullmatch(name)]
-    return [folder for folder in found if trusted(folder)]
+    return [folder for folder in found if is_there(folder)]
 
 
 def files_of(folders: Iterable[Path]) -> Iterator[Path]:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ._core import Problem
 
 
+_MAX_BYTES = 2**28
+
+
 def exported(entries: Iterable[tuple[str, Problem, list[Candidate]]]) -> tuple[bytes, int]:
     """The content of an export: entries by the names of their folders. And how many these are."""
     folders: dict[str, list[Any]] = {}
@@ -25,8 +28,12 @@ def exported(entries: Iterable[tuple[str, Problem, list[Candidate]]]) -> tuple[b
 
 def entries_of(file: Path) -> Iterator[tuple[str, Problem, list[Candidate]]]:
     """Folder, problem and candidates of each entry of an export; ValueError if one is bad."""
+    with open(file, "rb") as stream:  # a pipe, perhaps, or a device that never ends
+        data = stream.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"{file} is not an export of the store: it has over {_MAX_BYTES} bytes")
     try:
-        content = json.loads(file.read_bytes().decode())
+        content = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not an export of the store: {error!s:.200}") from None
     if type(content) is not dict or content.keys() != {"format", "folders"}:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
@@ -48,10 +48,11 @@ def _seconds(name: str, value: object) -> float:
 def _bytes(name: str, value: object) -> int:
     count: float
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        count = float(match[1]) * _UNITS[match[2]] if match and match[2] in _UNITS else math.inf
-        if count <= _MOST_BYTES:
-            return int(count)
+        match = re.fullmatch(r"\s*(\d{1,99}(?:\.\d{1,99})?)\s*([A-Za-z]*)\s*", value, re.ASCII)
+        if match and match[2] in _UNITS:
+            count = int(Fraction(match[1]) * _UNITS[match[2]])
+            if count <= _MOST_BYTES:
+                return count
     elif isinstance(value, Integral) and not isinstance(value, bool):
         count = int(value)
         if 0 <= count <= _MOST_BYTES:

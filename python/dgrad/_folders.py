@@ -56,9 +56,18 @@ def folder_of(problem: Problem) -> Path | None:
 def trusted(folder: Path) -> bool:
     """Whether a folder is there and is the user's own; one warning if it is not to be used."""
     try:
+        return is_there(folder)
+    except OSError as error:
+        log.warn_once(str(path()), "selections in %r are not used: %s", str(folder), error)
+        return False
+
+
+def is_there(folder: Path) -> bool:
+    """Whether there is such a folder; OSError if it is not to be used."""
+    try:
         require_own(folder)
     except OSError as error:
         if error.errno not in ABSENT:
-            log.warn_once(str(path()), "selections in %r are not used: %s", str(folder), error)
+            raise
         return False
     return True

@@ -123,9 +123,11 @@ def _read(file: Path, problem: Problem, candidate: Candidate) -> list[bytes]:
         return _parts(body)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        _refuse(file, f"cannot be read: {error}")
+    except ValueError as error:
         _refuse(file, str(error))
-        return []
+    return []
 
 
 def _parts(body: bytes) -> list[bytes]:

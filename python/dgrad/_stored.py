@@ -103,7 +103,10 @@ def encode(problem: Problem, candidates: Sequence[Candidate]) -> bytes:
 
 def decode(data: bytes) -> Any:
     _check_size(data)
-    return json.loads(data.decode())
+    try:
+        return json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from None
 
 
 def _check_size(data: bytes) -> None:

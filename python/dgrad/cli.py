@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 128 + 2  # as of a process that SIGINT has ended
 _PIPE_CLOSED = 128 + 13  # SIGPIPE
+_NOT_WRITTEN = 74  # EX_IOERR of sysexits.h
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 _EPILOG = """\
 exit codes of all commands, beside those that each one's --help lists:
   0    it is done
   2    an argument or a file is wrong
+ 74    the output cannot be written
 130    interrupted
 141    nobody reads the output any more
 """
@@ -52,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Where nobody reads the output any more, as behind ``| head``, it is 141, without a word.
     """
+    if sys.stderr is None:  # closed: what is for it must not go to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have what it cannot write
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -60,14 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             print(end="", flush=True)  # here, where a closed pipe can still be answered
     except BrokenPipeError:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in (1, 2):  # either may be the pipe, and both are flushed at the end
-            os.dup2(nothing, descriptor)
-        os.close(nothing)
+        _discard(1, 2)  # either may be the pipe, and both are flushed at the end
         return _PIPE_CLOSED
+    except OSError as error:
+        if error.errno not in _DISK or error.filename is not None:
+            raise
+        _discard(1)
+        print(f"the output cannot be written: {error.strerror}", file=sys.stderr)
+        return _NOT_WRITTEN
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _discard(*descriptors: int) -> None:
+    """Let what is written there go nowhere."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
 
 
 def _run(argv: Sequence[str] | None) -> int:

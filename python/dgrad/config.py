@@ -109,7 +109,7 @@ class Policy(NamedTuple):
 class _Block:
     """A ``with`` block that is open: the thread that opened it, and what it has set."""
 
-    thread: int
+    thread: threading.Thread  # itself, as its number is another's once it has ended
     settings: dict[str, Any]
 
 
@@ -127,13 +127,14 @@ def current() -> Flags:
 def set_flags(**changes: Any) -> None:
     """Set flags for the whole process; see :class:`dgrad.Flags` for their names and values.
 
-    Inside a ``with`` block of :func:`flags` in the same thread they are set until the block ends.
+    While a ``with`` block of :func:`flags` is open that this thread opened, they are set until the
+    end of the one that it opened last.
     """
     global _base
     settings = _checked(changes)
-    thread = threading.get_ident()
+    thread = threading.current_thread()
     with _lock:
-        own = [block for block in _blocks if block.thread == thread]
+        own = [block for block in _blocks if block.thread is thread]
         if own:
             own[-1].settings.update(settings)
         else:
@@ -153,15 +154,16 @@ def flags(**changes: Any) -> AbstractContextManager[None]:
 
 @contextmanager
 def _opened(settings: dict[str, Any]) -> Iterator[None]:
-    block = _Block(threading.get_ident(), settings)
-    with _lock:
-        _blocks.append(block)
-        _combine()
+    block = _Block(threading.current_thread(), dict(settings))  # which set_flags may change
     try:
+        with _lock:
+            _blocks.append(block)
+            _combine()
         yield
     finally:
         with _lock:
-            _blocks.remove(block)
+            if block in _blocks:  # an interrupt may come before
+                _blocks.remove(block)
             _combine()
 
 
@@ -177,10 +179,14 @@ def _checked(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _combine() -> None:
     global _flags
-    settings: dict[str, Any] = {}
-    for block in _blocks:
-        settings |= block.settings
-    _flags = interned(replace(_base, **settings))
+    now: tuple[object, ...] | None = None
+    # The garbage collector may close a block meanwhile, of a generator that nobody goes on with.
+    while now != (_base, *_blocks):
+        now = (_base, *_blocks)
+        settings: dict[str, Any] = {}
+        for block in tuple(_blocks):
+            settings |= block.settings
+        _flags = interned(replace(_base, **settings))
 
 
 @lru_cache(maxsize=256)

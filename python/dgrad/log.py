@@ -143,9 +143,12 @@ def _append(path: str, line: bytes) -> None:
 
 def _ends_inside_a_line(path: str, size_bytes: int) -> bool:
     """Whether a record was cut off there, by this process or another."""
-    with open(path, "rb") as file:
-        file.seek(size_bytes - 1)
-        return file.read(1) != b"\n"
+    try:
+        with open(path, "rb") as file:
+            file.seek(size_bytes - 1)
+            return file.read(1) != b"\n"
+    except PermissionError:  # it may be written alone
+        return path in _cut
 
 
 def warn_of_first(message: str, *arguments: object) -> None:

@@ -186,13 +186,14 @@ def load(file: str | os.PathLike[str]) -> int:
         RuntimeError: the store is off, or there is no cuDNN here.
     """
     root = _require_path()
-    checked = []
+    checked: dict[tuple[Path, str], bytes] = {}
     for name, problem, candidates in entries_of(Path(file)):
-        folder = root / name
-        stored = _entries.read(folder / file_name(problem), problem) if trusted(folder) else None
-        data = joined(problem, stored[1] if stored else [], candidates)
-        checked.append((folder, file_name(problem), data))
-    for folder, name, data in checked:
+        entry = root / name, file_name(problem)
+        if entry in checked:
+            raise ValueError(f"{os.fspath(file)} has two entries of {text_of(problem)}")
+        stored = _entries.read(Path(*entry), problem) if trusted(entry[0]) else None
+        checked[entry] = joined(problem, stored[1] if stored else [], candidates)
+    for (folder, name), data in checked.items():
         _save(folder, name, data)
     return len(checked)
 
@@ -254,5 +255,6 @@ def _save(folder: Path, name: str, data: bytes) -> None:
 def _sweep(folder: Path) -> None:
     """Remove what processes left that died while writing or measuring."""
     for name in filter(_entries.PASSING.fullmatch, os.listdir(folder)):
-        if time.time() - os.lstat(folder / name).st_mtime > _STALE_S:
-            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # another process may be about it too
+            if time.time() - os.lstat(folder / name).st_mtime > _STALE_S:
+                (folder / name).unlink()

@@ -67,7 +67,15 @@ Identity parse(const std::string& name) {
         const std::int64_t type = take(text, "_k", name);
         identity.knobs.emplace_back(type, take(text, "=", name));
     }
-    if (to_text(identity) != name) refuse(name);  // one engine has one name
+    const auto not_before = [](const Knob& left, const Knob& right) {
+        return left.first >= right.first;
+    };
+    const auto& knobs = identity.knobs;
+    // One engine has one name.
+    if (std::adjacent_find(knobs.begin(), knobs.end(), not_before) != knobs.end() ||
+        to_text(identity) != name) {
+        refuse(name);
+    }
     return identity;
 }
 
