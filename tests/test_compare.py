@@ -150,3 +150,27 @@ def test_compare_keeps_the_batch_when_asked(
     assert run_compare(file) == 2
     assert "--full-size keeps it" in capsys.readouterr().err
     assert run_compare(file, "--full-size") == 0
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_compare_names_the_layers_that_stay_pytorchs(
+    write_model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edits = [
+        ("class Model", "class Own(nn.ConvTranspose2d):\n    pass\n\nclass Model"),
+        ("self.norm =", "self.own = Own(3, 3, 1)\n        self.norm ="),
+    ]
+    assert run_compare(write_model(*edits), "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["layers"] == 1
+    assert "these layers stay PyTorch's: own: " in " ".join(told["notes"])
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_compare_says_why_no_layer_is_swapped(
+    write_model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = "class Own(nn.ConvTranspose2d):\n    pass\n\nclass Model"
+    file = write_model(("class Model", own), ("self.up = nn.ConvTranspose2d(", "self.up = Own("))
+    assert run_compare(file) == 2
+    assert "layer to swap (up: " in capsys.readouterr().err

@@ -123,6 +123,28 @@ def test_a_symbolic_trace_is_of_pytorchs_operators_alone(
     assert_alike(step(traced, converted, x), step(plain, plain, x))
 
 
+def test_a_symbolic_trace_keeps_a_layer_that_is_asked_for_a_size() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ModuleList([nn.ConvTranspose2d(3, 3, 3, 2, 1) for _ in range(2)])
+
+        def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+            for up, size in zip(self.up, ((8, 7), skip.shape[-2:]), strict=True):
+                x = up(x, output_size=size)
+            return x
+
+    model = Decoder()
+    given = torch.randn(2, 3, 4, 4), torch.randn(1, 1, 16, 13)
+    wanted = model(*given)
+    dgrad.convert(model)
+    traced = torch.fx.symbolic_trace(model)
+    kept = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert kept == ["up.0", "up.1"]
+    assert type(traced.get_submodule("up.0")) is dgrad.ConvTranspose2d
+    torch.testing.assert_close(traced(*given), wanted)
+
+
 @on_each_device
 def test_a_graph_of_proxy_tensors_is_of_pytorchs_operators(
     device: str, caplog: pytest.LogCaptureFixture

@@ -92,6 +92,18 @@ def test_the_constructor_raises_the_same_errors(options: dict[str, Any]) -> None
     assert str(found.value) == str(expected.value)
 
 
+@pytest.mark.parametrize("output_size", [None, (7, 7)])
+def test_a_padding_mode_that_is_set_later_is_refused_too(output_size: Any) -> None:
+    raised = []
+    for kind in (nn.ConvTranspose2d, dgrad.ConvTranspose2d):
+        layer = kind(4, 6, 3)
+        layer.padding_mode = "circular"
+        with pytest.raises(ValueError, match="padding mode") as error:
+            layer(torch.ones(1, 4, 5, 5), output_size)
+        raised.append(str(error.value))
+    assert raised[0] == raised[1]
+
+
 @every_setting
 def test_state_dicts_fit_in_both_directions(options: dict[str, Any]) -> None:
     if options.get("device") == "meta":

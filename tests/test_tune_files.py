@@ -166,7 +166,7 @@ def test_tune_names_what_fails_and_goes_on(
     spoiled = json.loads(record(problem()))
     wrong: list[tuple[Any, str]] = [
         ({"name": "short", "N": 1}, "entry 1 (short): the layer lacks C_in, H, W, C_out, kernel"),
-        (LAYERS[0] | {"dtype": "int8"}, "entry 2 (net/up1): dtype is 'int8', expected one of"),
+        (LAYERS[0] | {"dtype": "fp32/int8"}, "entry 2 (net/up1): dtype is 'fp32/int8', expected"),
         (
             LAYERS[0] | {"layout": "hwcn"},
             "entry 3 (net/up1): layout is 'hwcn', expected one of nchw",

@@ -25,7 +25,8 @@ from dgrad.tune import FileError
 _EPILOG = """\
 A suite is layers (89 layers of published models, with their sources), kernelbench (the seven
 transposed convolutions of KernelBench level 1) or a FILE: a JSON list or JSON lines of layers, as
-for tune. Lists are separated by commas.
+for tune, whose dtype and layout do not count: --dtype and --layout do. Lists are separated by
+commas.
 
 Each contestant has a process of its own: PyTorch with cudnn.benchmark off (torch) and on
 (torch-benchmark), torch.compile with it on (torch-compile), and dgrad. All hold a case at once and

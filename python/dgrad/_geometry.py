@@ -35,6 +35,8 @@ def pair(value: object, name: str) -> Pair:
         return value, value
     items = value if isinstance(value, (tuple, list)) else (value,)
     if len(items) not in (1, 2):
+        for item in items:  # PyTorch looks at the kinds first
+            integer(item, name)
         raise RuntimeError(f"{name} is {shown(value)}, expected one integer or a list of 2 values")
     first = integer(items[0], name)
     if len(items) == 2 and isinstance(items[1], bool):

@@ -35,6 +35,11 @@ DTYPES = {
     )
     for name in names
 }
+_A_DTYPE = re.compile(r"(u?int|fp|float|bf|bfloat)\d+")  # others are words about it
+_FIELDS = (
+    "N", "C_in", "H", "W", "C_out", "kernel", "stride", "padding", "output_padding", "dilation",
+    "groups", "bias", "dtype", "layout",
+)  # fmt: skip
 _ALIGNED = 16
 LAYOUTS = {"nchw": False, "contiguous": False, "nhwc": True, "channels_last": True}
 
@@ -99,9 +104,12 @@ def layers(entry: Mapping[str, Any]) -> list[Layer]:
     missing = [name for name in ("N", "C_in", "H", "W", "C_out", "kernel") if name not in entry]
     if missing:
         raise ValueError(f"the layer lacks {', '.join(missing)}")
+    misspelt = [key for key in entry if key not in _FIELDS and _meant(key) in _FIELDS]
+    if misspelt:
+        raise ValueError(f"the layer has {misspelt[0]!r}, expected {_meant(misspelt[0])!r}")
     words = re.findall(r"[a-z]+\d*", str(entry.get("dtype", "fp32")).lower())
     dtypes = dict.fromkeys(DTYPES[word] for word in words if word in DTYPES)
-    if not dtypes:
+    if not dtypes or any(_A_DTYPE.fullmatch(word) and word not in DTYPES for word in words):
         raise ValueError(f"dtype is {entry['dtype']!r}, expected one of {', '.join(DTYPES)}")
     layout = str(entry.get("layout", "nchw")).lower()
     if layout not in LAYOUTS:
@@ -113,13 +121,25 @@ def layers(entry: Mapping[str, Any]) -> list[Layer]:
             input=tuple(integer(entry[name], name) for name in ("N", "C_in", "H", "W")),
             out_channels=integer(entry["C_out"], "C_out"),
             groups=integer(entry.get("groups", 1), "groups"),
-            bias=bool(entry.get("bias", False)),
+            bias=_flag(entry.get("bias"), "bias"),
             dtype=dtype,
             channels_last=LAYOUTS[layout],
             **options,
         )
         for dtype in dtypes
     ]
+
+
+def _meant(key: str) -> str:
+    """The field that another's word for it means, such as "strides" or "kernel_size"."""
+    stem = key.removesuffix("_size").removesuffix("s")
+    return stem if stem in _FIELDS else f"{stem}s"
+
+
+def _flag(value: object, name: str) -> bool:
+    if value in (None, False, True):  # 0 and 1 too
+        return bool(value)
+    raise ValueError(f"{name} is {value!r}, expected true or false")
 
 
 def run_problem(problem: Problem) -> None:

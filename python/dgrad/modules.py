@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: F401  (for TorchScript, see the end)
 from torch import Tensor
@@ -31,7 +33,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             process, for example ``layer.flags = dgrad.Flags(selection="exhaustive")``.
 
     Raises:
-        ValueError, TypeError: an ``output_size`` that the layer cannot give, or that is none.
+        ValueError, TypeError: an ``output_size`` that the layer cannot give, or that is none; a
+            ``padding_mode`` that is not "zeros".
         Others as :func:`dgrad.conv_transpose2d`.
     """
 
@@ -46,10 +49,14 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             output_size: wanted (H_out, W_out), with or without the leading sizes; it takes the
                 place of the layer's output_padding. Default None.
         """
+        if self.padding_mode != "zeros":  # it was set since the layer was made
+            raise ValueError("Only `zeros` padding mode is supported for ConvTranspose2d")
         # A subclass may find its weight or its output_padding in a way of its own.
         plain = type(self) is ConvTranspose2d
         output_padding = self.output_padding
         if output_size is not None or not (plain or type(self)._output_padding is _OUTPUT_PADDING):
+            if isinstance(input, torch.fx.Proxy):  # sizes are not known: the layer is recorded
+                return _recorded(self, input, output_size)
             output_padding = self._chosen_padding(input, output_size)
         weight: Tensor | None
         bias: Tensor | None
@@ -97,6 +104,14 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         if output_size is not None and any(isinstance(each, float) for each in chosen):
             raise _no_size(output_size)
         return chosen
+
+
+def _recorded(layer: ConvTranspose2d, input: torch.fx.Proxy, output_size: object) -> Any:
+    """The call of a layer in the graph of torch.fx, where PyTorch's layer stands as a whole too."""
+    tracer = input.tracer
+    assert isinstance(tracer, torch.fx.Tracer)
+    path = tracer.path_of_module(layer)
+    return tracer.create_proxy("call_module", path, (input, output_size), {})
 
 
 def _no_size(output_size: object) -> TypeError:

@@ -49,6 +49,7 @@ class Contestant:
         self.ours = request.setting == "dgrad"
         self.messages: list[str] = []
         self.layers = 0
+        self.left: dict[str, str] = {}  # the layers that stay PyTorch's, and why
         self.reduced: str | None = None  # in words
 
     def prepare(self, benchmark: bool) -> Answer:
@@ -214,10 +215,16 @@ class Contestant:
         return dict(zip(("pytorch", "dgrad"), errors, strict=True))
 
     def notes(self) -> list[str]:
-        if self.device.type != "cpu":
-            return []
-        notes = ["on the CPU PyTorch's own operator runs in dgrad's layers: expect a ratio near 1"]
+        notes = [f"these layers stay PyTorch's: {self._left()}"] if self.left else []
+        if self.device.type == "cpu":
+            notes.append(
+                "on the CPU PyTorch's own operator runs in dgrad's layers: expect a ratio near 1, "
+                "or less where a run takes microseconds"
+            )
         return notes + ([self.reduced] if self.reduced else [])
+
+    def _left(self) -> str:
+        return "; ".join(f"{name or 'the model'}: {reason}" for name, reason in self.left.items())
 
     def _seed(self) -> None:
         random.seed(self.request.seed)
@@ -227,17 +234,13 @@ class Contestant:
             numpy.random.seed(self.request.seed)
 
     def _swap(self, model: nn.Module, swap: bool) -> None:
-        if swap:
-            layers = self.layers = len(dgrad.convert(model))
-        else:
-            turned = dgrad.convert(model)
+        turned = dgrad.convert(model)
+        self.layers, self.left = len(turned), turned.left
+        if not swap:
             dgrad.restore(model, only=lambda name, _: name in turned)
-            layers = len(turned)
-        if layers == 0:
-            raise WorkerError(
-                "Model has no torch.nn.ConvTranspose2d layer to swap "
-                "(calls of torch.nn.functional are not swapped)"
-            )
+        if self.layers == 0:
+            why = self._left() or "calls of torch.nn.functional are not swapped"
+            raise WorkerError(f"Model has no torch.nn.ConvTranspose2d layer to swap ({why})")
 
     def _inputs(self) -> Any:
         built_in = self.request.file is None
