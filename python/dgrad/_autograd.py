@@ -149,9 +149,6 @@ def convolution(
     if forward_ad._current_level >= 0 and _fallback.have_tangents(a, b, bias):
         _fallback.announce(flags, _fallback.FORWARD_MODE)
         return _fallback.run(direction, a, b, geometry, size, bias)
-    if call is None and _is_foreign(a, b):
-        _fallback.announce(flags, "a dispatch mode or a subclass of Tensor is at work")
-        return _fallback.run(direction, a, b, geometry, size, bias)
     if torch.is_grad_enabled() and (
         a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -160,6 +157,8 @@ def convolution(
         return result
     if call is None:
         reason = unsuited(a) or unusable(torch._C._get_cudnn_enabled())
+        if reason is None and _is_foreign(a, b):
+            reason = "a dispatch mode or a subclass of Tensor is at work"
         if reason is not None:
             _fallback.announce(flags, reason)
             return _fallback.run(direction, a, b, geometry, size, bias)
