@@ -39,7 +39,11 @@ def main(folder: Path = _RESULTS) -> int:
         if match:
             which = match["name"], int(match["count"])
             found.setdefault(which, {})[int(match["number"])] = path
+    names = [name for name, _ in found]
     for (name, count), paths in found.items():
+        if names.count(name) > 1:
+            print(f"{name}: there are parts of two runs: remove one's", file=sys.stderr)
+            return 1
         missing = sorted({*range(1, count + 1)} - paths.keys())
         if missing:
             print(f"{name}: of {count} parts these are missing: {missing}", file=sys.stderr)

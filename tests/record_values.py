@@ -221,7 +221,8 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         if "fault" not in run:
             one["notes"] = sorted({*one["notes"], *run["notes"]})
-            one["error"] = max(one["error"], run["error"] or 0.0)
+            errors = one["error"], run["error"]  # None is of a result that is not finite
+            one["error"] = None if None in errors else max(errors)
             one["nan_lost"] = max(one["nan_lost"], run["nan_lost"])
             one["nan_spread"] = max(one["nan_spread"], run["nan_spread"])
         bad = "fault" in run or run["error"] is None or run["nan_lost"]

@@ -203,8 +203,9 @@ def _command(arguments: argparse.Namespace, options: dict[str, Any]) -> str:
     """The command that makes the record again, without the files of this machine."""
     lists = {"dtype": arguments.dtype, "layout": arguments.layout}
     only = {"only": arguments.only} if arguments.only else {}
+    device = {} if arguments.device == "cuda" else {"device": arguments.device}
     words = ["python", "-m", "dgrad", "bench"]
-    for name, value in {**options, **lists, **only}.items():
+    for name, value in {**options, **lists, **only, **device}.items():
         words += [f"--{name}", str(value) if isinstance(value, (str, int)) else ",".join(value)]
     return shlex.join(words)
 

@@ -18,6 +18,10 @@ import torch
 
 MINIMUM_CUDNN = 90100  # what PyTorch 2.4 brings
 _SONAME = "libcudnn.so.9"
+_GRAPH = (
+    "libcudnn_graph.so.9"  # which cuDNN looks for itself, and ends the process if there is none
+)
+_MAPPED = r"(/\S.*/libcudnn\.so\.\d\S*?)(?: \(deleted\))?$"
 
 
 def _mapped_libraries() -> list[str]:
@@ -26,7 +30,7 @@ def _mapped_libraries() -> list[str]:
         maps = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:
         return []
-    return sorted(set(re.findall(r"/\S.*/libcudnn\.so\.\d\S*$", maps, flags=re.MULTILINE)))
+    return sorted(set(re.findall(_MAPPED, maps, flags=re.MULTILINE)))
 
 
 def _wheel_library() -> Path | None:
@@ -67,13 +71,19 @@ def _imported() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError:
         return None, "the native module dgrad._core is not built; install with `pip install .`"
     except ImportError as error:
-        if _SONAME not in str(error):
+        if f"{_SONAME}: cannot open shared object file" not in str(error):
             return None, f"the native module could not be loaded: {error}"
         return None, (
             f"{_SONAME} was not found: this build of PyTorch brings none, there is no wheel "
             "nvidia-cudnn-cu12 or nvidia-cudnn-cu13, and the system's loader knows none; "
             "`pip install nvidia-cudnn-cu13` or a CUDA build of PyTorch brings it"
         )
+    beside = [Path(path).parent / _GRAPH for path in _mapped_libraries()]
+    graph = next((str(path) for path in beside if path.is_file()), _GRAPH)
+    try:
+        ctypes.CDLL(graph)
+    except OSError as error:
+        return None, f"{cudnn_path()} could not be used, as a part of cuDNN is missing: {error}"
     return core, None
 
 

@@ -44,12 +44,12 @@ class GraphClock:
             call()
         torch.cuda.synchronize()
         self._eager_ms = self._between(lambda: _repeat(call, 3))[0] / 3
-        self.calls = _count(_SAMPLE_MS, self._eager_ms, MAX_CALLS)
+        self.calls = self._count(self._eager_ms)
         try:
             self._batch = self._capture()
             # The host may have been the slower one: then the graph is shorter than it seemed.
             call_ms = self._between(self._batch)[0] / self.calls
-            count = _count(_SAMPLE_MS, call_ms, MAX_CALLS)
+            count = self._count(call_ms)
             if count > 2 * self.calls:
                 self.calls = count
                 self._batch = self._capture()
@@ -68,6 +68,10 @@ class GraphClock:
         eager_ms = self._between(lambda: _repeat(self._call, runs))[0] / runs
         runs = max(3, _count(_HOST_MS, self._eager_ms, _MAX_HOST_CALLS))
         return {"device_ms": device_ms, "eager_ms": eager_ms, "host_us": self._host_us(runs)}
+
+    def _count(self, call_ms: float) -> int:
+        """How many calls take long enough, and go round all there are."""
+        return max(_count(_SAMPLE_MS, call_ms, MAX_CALLS), len(self._all))
 
     def _round(self) -> None:
         for call in islice(cycle(self._all), self.calls):

@@ -58,8 +58,10 @@ class Process:
     def start(self) -> None:
         if self.running:
             return
-        # the worker finds the same packages as this process, however it found them
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # The worker finds the same packages as this process, however it found them, and none in
+        # the current folder (before Python 3.11 it looks there too).
+        path = os.pathsep.join(filter(None, sys.path))
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         self._words = tempfile.TemporaryFile()  # noqa: SIM115, closed by stop()
         self._process = subprocess.Popen(
             self._command,

@@ -179,7 +179,9 @@ class Contestant:
                     raise WorkerError("Model.forward returned no tensor")
                 verdict.differences += gradient_differences(gradients, our_gradients)
                 return verdict
-        except TypeError as error:
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError) as error:  # a dtype that PyTorch cannot compare
             raise WorkerError(str(error)) from error
 
     def once(

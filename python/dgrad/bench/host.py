@@ -93,7 +93,7 @@ def compare_host(
     return {
         **{f"{name}_us": value for name, value in medians.items()},
         **{
-            f"{name}_p99_us": statistics.quantiles(samples, n=100)[98]
+            f"{name}_p99_us": statistics.quantiles(samples, n=100, method="inclusive")[98]
             for name, samples in times.items()
         },
         "ratio": medians["dgrad"] / medians["pytorch"],

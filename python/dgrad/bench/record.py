@@ -16,6 +16,7 @@ from dgrad.bench.suite import Case
 SLOWER = 0.97  # below it a ratio counts as a loss and not as noise
 _NAMED = 10
 _SAME = ("device", "driver", "versions", "tf32", "options")
+_NEEDED = (*_SAME, "ceilings", "command", "time")
 
 
 class RecordError(Exception):
@@ -49,7 +50,7 @@ class Record:
         """Raises RecordError."""
         try:
             value = json.loads(Path(path).read_text(encoding="utf-8"))
-            record = cls({name: value["meta"][name] for name in (*value["meta"], *_SAME)})
+            record = cls({name: value["meta"][name] for name in (*value["meta"], *_NEEDED)})
             names = {*record.meta["options"]["against"], OURS}
             for case in value["cases"]:
                 if case["contestants"].keys() != names:
@@ -74,12 +75,10 @@ class Record:
         return judged
 
     def has(self, case: Case) -> bool:
-        """Whether the case is finished: one that failed is not."""
+        """Whether the case is finished: one of which a contestant failed is not."""
         found = self.cases.get(case.label)
         return (
-            found is not None
-            and found["ratio"] is not None
-            and found["layer"] == case.to_dict()["layer"]
+            found is not None and not _failed(found) and found["layer"] == case.to_dict()["layer"]
         )
 
     def expect(self, **wanted: Any) -> None:
@@ -99,7 +98,8 @@ class Record:
         commands = dict.fromkeys((*other.meta["command"].split(" && "), self.meta["command"]))
         self.meta["command"] = " && ".join(commands)
         self.meta["time"] = min(self.meta["time"], other.meta["time"])
-        merged = {**other.cases, **self.cases}
+        own = {name: case for name, case in self.cases.items() if not _failed(case)}
+        merged = {**self.cases, **other.cases, **own}
         self.cases = {}
         for case in merged.values():
             self.add(case)
@@ -176,6 +176,11 @@ def _judged(case: Mapping[str, Any], ceilings: roofline.Ceilings) -> dict[str, A
     }
 
 
+def _failed(case: Mapping[str, Any]) -> bool:
+    """Whether a contestant failed: what ratio there is may be one against the slower peer."""
+    return case["ratio"] is None or any("error" in each for each in case["contestants"].values())
+
+
 def _over(a: float, b: float) -> float | None:
     return float(f"{a / b:.5g}") if a > 0 and b > 0 else None
 
@@ -185,7 +190,7 @@ def _counted(cases: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     ratios = _known(cases, "ratio")
     return {
         "cases": len(cases),
-        "failed": sum(case["ratio"] is None for case in cases),
+        "failed": sum(map(_failed, cases)),
         "slower": sum(ratio < SLOWER for ratio in ratios),
         "geomean_ratio": _geomean(ratios),
         "min_ratio": min(ratios, default=None),
