@@ -216,3 +216,11 @@ def test_gradients_that_tell_nothing_or_lack_are_differences() -> None:
     assert gradient_differences({}, {}) == []
     (words,) = gradient_differences(none, one)
     assert "nothing to compare" in words
+
+
+def test_numbers_are_equal_by_the_same_rule() -> None:
+    assert judge([0.5, 1j], [0.50000006, 1j + 1e-6]).equal
+    assert not judge(0.5, 0.501).equal
+    assert judge(float("nan"), float("nan")).equal
+    assert not judge(1, 2).equal
+    assert not judge(True, False).equal

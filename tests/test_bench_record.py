@@ -37,6 +37,7 @@ class Pretended:
         self.ran: list[str] = []
         self.settings: Settings | None = None
         self.interrupted = False
+        self.failing_peer: str | None = None
 
     def __call__(self, asked: Settings) -> Pretended:
         self.settings = asked
@@ -61,7 +62,10 @@ class Pretended:
         return {
             **case.to_dict(),
             "contestants": {
-                **{name: _times(peers[name]) for name in self.settings.against},
+                **{
+                    name: {"error": "died"} if name == self.failing_peer else _times(peers[name])
+                    for name in self.settings.against
+                },
                 "dgrad": {"error": "out of memory"} if ratio is None else _times(6.0 / ratio),
             },
             "selected": [
@@ -155,6 +159,31 @@ def test_a_failure_is_told_and_tried_again(
         "net/up1": 2.0,
         "net/up2": 0.96,
     }
+
+
+def test_a_peer_that_failed_leaves_the_case_unfinished(pretended: Pretended, bench: Any) -> None:
+    pretended.failing_peer = "torch-benchmark"
+    code, record = bench()
+    assert code == 1
+    assert record["cases"][0]["ratio"] == 2.0  # over the slower peer
+    assert record["summary"]["failed"] == 2
+    pretended.failing_peer = None
+    code, record = bench("--resume")
+    assert (code, record["summary"]["failed"], len(pretended.ran)) == (0, 0, 4)
+
+
+@pytest.mark.parametrize("first", ["bad", "good"])
+def test_of_two_records_the_finished_case_is_taken(
+    pretended: Pretended, bench: Any, tmp_path: Path, first: str
+) -> None:
+    pretended.ratios["net/up1"] = None
+    bench(out="bad.json")
+    pretended.ratios["net/up1"] = 2.0
+    bench(out="good.json")
+    names = ("bad", "good") if first == "bad" else ("good", "bad")
+    records = [Record.load(tmp_path / f"{name}.json") for name in names]
+    records[0].absorb(records[1])
+    assert records[0].summary()["failed"] == 0
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(

@@ -190,6 +190,16 @@ def test_what_replaces_the_search_is_taken(find: Find, tmp_path: Path) -> None:
     assert f"version=9.77.0\n-- library={root}/lib/libcudnn.so.9 " in done.stdout
 
 
+def test_relative_files_are_those_of_the_source_folder(find: Find, tmp_path: Path) -> None:
+    write_cudnn(tmp_path / "project/cudnn", "9.77.0")
+    cuda = write_cuda(tmp_path / "cuda")
+    given = {"CUDNN_LIBRARY": "cudnn/lib/libcudnn.so.9", "CUDNN_INCLUDE_DIR": "cudnn/include"}
+    done = find("9.0 REQUIRED", CUDAToolkit_ROOT=cuda, **given)
+    assert done.returncode == 0, done.stderr
+    root = tmp_path / "project/cudnn"
+    assert f"library={root}/lib/libcudnn.so.9 include={root}/include;" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("runtime", "crt"),
     [("cu13", "cu13"), ("cuda_runtime", "cuda_nvcc")],

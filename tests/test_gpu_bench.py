@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dgrad.bench._clock import GraphClock
 from dgrad.cli import main
 
 pytestmark = [pytest.mark.gpu, pytest.mark.processes]
@@ -91,3 +93,18 @@ def test_what_does_not_fit_fails_alone(
     failed, timed = json.loads(out.read_text())["cases"]
     assert failed["ratio"] is None
     assert timed["ratio"] > 0
+
+
+def test_a_sample_goes_round_all_copies() -> None:
+    seen: set[int] = set()
+
+    def call(number: int) -> None:
+        seen.add(number)
+        torch.ones(2**24, device="cuda").sin_()  # long enough for few calls in a sample
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        clock = GraphClock([partial(call, number) for number in range(200)])
+        clock.sample()
+    assert clock.problem is None
+    assert clock.calls >= 200
+    assert seen == {*range(200)}

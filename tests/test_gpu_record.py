@@ -67,3 +67,13 @@ def test_parts_of_each_provider_become_one_file(tmp_path: Path) -> None:
     assert main(tmp_path) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu-legacy.json", "gpu.json"]
     assert json.loads((tmp_path / "gpu-legacy.json").read_text())["passed"] == 30
+
+
+def test_parts_of_two_runs_are_told_and_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("gpu.part-1-of-1.json", "gpu.part-1-of-2.json", "gpu.part-2-of-2.json"):
+        (tmp_path / name).write_text(json.dumps(part()))
+    assert main(tmp_path) == 1
+    assert "there are parts of two runs" in capsys.readouterr().err
+    assert len([*tmp_path.iterdir()]) == 3

@@ -127,3 +127,21 @@ def test_a_wheel_without_the_library_is_none(copied: Callable[[str], Path], tmp_
     system = copied("system")
     libraries, _, reason = told(first=tmp_path / "site", system=system)
     assert (libraries, reason) == ([str(system / "libcudnn.so.9")], None)
+
+
+@pytest.mark.parametrize("content", [b"", b"no library"])
+def test_a_broken_library_is_said_to_be_broken(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "libcudnn.so.9").write_bytes(content)
+    _, version, reason = told(WITHOUT_WHEEL, system=tmp_path)
+    assert version is None
+    assert reason.startswith("the native module could not be loaded: ")
+    assert str(tmp_path / "libcudnn.so.9") in reason
+
+
+def test_a_library_without_its_parts_is_a_reason_and_no_abort(tmp_path: Path) -> None:
+    assert WHEEL is not None
+    shutil.copy(WHEEL, tmp_path / WHEEL.name)
+    libraries, version, reason = told(WITHOUT_WHEEL, system=tmp_path)
+    assert libraries == [str(tmp_path / "libcudnn.so.9")]
+    assert version is None
+    assert "a part of cuDNN is missing: libcudnn_graph.so.9" in reason
