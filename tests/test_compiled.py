@@ -46,6 +46,10 @@ def of_weights(_: Any, function: Callable[..., Tensor]) -> Callable[..., Tensor]
     return lambda x, w, stride: function(x, w, None, stride, 1)
 
 
+def of_lists(_: Any, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, w: function(x, w, None, [w.shape[2], w.shape[3]], (w.shape[2] // 2,))
+
+
 # Code with either layer or function, and its arguments for a height and a width.
 CODE: dict[str, tuple[Callable[..., Any], Callable[[int, int], tuple[Any, ...]]]] = {
     "decoder": (decoder, lambda h, w: (torch.randn(2, 64, h, w),)),
@@ -56,6 +60,10 @@ CODE: dict[str, tuple[Callable[..., Any], Callable[[int, int], tuple[Any, ...]]]
     "weights and strides": (
         of_weights,
         lambda h, w: (torch.randn(2, 3, h, w), torch.randn(3, 4, 2 + h % 3, 2 + w % 4), 2 + h % 5),
+    ),
+    "lists of sizes": (
+        of_lists,
+        lambda h, w: (torch.randn(2, 3, h, w), torch.randn(3, 4, 2 + h % 3, 2 + w % 4)),
     ),
 }
 

@@ -325,3 +325,32 @@ def test_tools_that_know_exact_classes_know_a_restored_model() -> None:
     fused = fuse(model, [["0", "1"]])
     assert type(fused[1]) is nn.Identity
     torch.testing.assert_close(fused(x), wanted)
+
+
+def test_a_class_that_cannot_be_set_leaves_all_layers_as_they_were() -> None:
+    class Refusing(nn.ConvTranspose2d):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "__class__":
+                raise RuntimeError("no other class")
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), Refusing(4, 4, 3))
+    with pytest.raises(RuntimeError, match="no other class"):
+        dgrad.convert(model, subclasses=True)
+    assert [type(layer) for layer in model] == [nn.ConvTranspose2d, Refusing]
+
+
+def test_layers_that_are_equal_are_still_two_and_odd_modules_stay() -> None:
+    class Odd(nn.Module):
+        def __getattr__(self, name: str) -> Any:
+            raise ValueError(name)
+
+    class Equal(nn.ConvTranspose2d):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Equal)
+
+        def __hash__(self) -> int:
+            return 1
+
+    model = nn.Sequential(Equal(3, 4, 3), Equal(4, 4, 3), Odd())
+    assert list(dgrad.convert(model, subclasses=True)) == ["0", "1"]

@@ -18,6 +18,7 @@ distributed = pytest.mark.skipif(
 )
 KINDS = [
     "ddp",
+    "ddp-static",
     "fsdp",
     pytest.param(
         "fsdp2",
@@ -45,8 +46,8 @@ single = nn.Sequential(
 ).to(place, torch.float64)
 model = copy.deepcopy(single)
 assert dgrad.convert(model) == ["0", "2"]
-if kind == "ddp":
-    parallel = DDP(model)
+if kind.startswith("ddp"):
+    parallel = DDP(model, static_graph=kind == "ddp-static")
 elif kind == "fsdp":
     parallel = FSDP(model, use_orig_params=True, device_id=place)
 else:
@@ -58,6 +59,7 @@ else:
         parallel = fully_shard(part, mesh=mesh)
     assert isinstance(model[0], dgrad.ConvTranspose2d)
 optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (single, parallel)]
+dgrad.warm_up(parallel, torch.randn(2, 4, 6, 7, dtype=torch.float64).to(place))
 for step in range(4):
     # Ranks meet the sizes in another order.
     sizes = [(6, 7), (5, 5)]

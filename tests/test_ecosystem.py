@@ -225,3 +225,18 @@ def test_a_frozen_weight_gets_no_gradient(device: str) -> None:
         for model in (converted, plain)
     )
     assert_alike([*found], [*wanted])
+
+
+def test_the_function_is_traced_with_sizes_that_are_not_known() -> None:
+    def decode(x: Tensor, w: Tensor) -> Tensor:
+        return dgrad.conv_transpose2d(x, w, None, w.shape[2] // 2, (w.shape[2] // 2, 0))
+
+    x, w = torch.randn(2, 3, 5, 5), torch.randn(3, 2, 4, 4)
+    traced = torch.fx.symbolic_trace(decode)
+    torch.testing.assert_close(traced(x, w), decode(x, w))
+
+
+def test_a_layer_itself_is_not_traced_with_a_size_as_with_pytorchs() -> None:
+    for layer in (nn.ConvTranspose2d(3, 2, 3), dgrad.ConvTranspose2d(3, 2, 3)):
+        with pytest.raises(torch.fx.proxy.TraceError):
+            torch.fx.symbolic_trace(layer, concrete_args={"output_size": (7, 7)})

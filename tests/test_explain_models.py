@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dgrad
+from dgrad import log
 from operands import compiles
 
 X = torch.randn(2, 3, 5, 5)
@@ -125,3 +127,65 @@ def test_a_lazy_model_whose_first_run_fails_stays_lazy() -> None:
     with pytest.raises(RuntimeError):
         dgrad.explain(model, torch.randn(2))
     assert isinstance(model.up[1], nn.LazyBatchNorm2d)
+
+
+# --- what is left as it was ---------------------------------------------------------------------
+
+
+class Buffered(nn.Module):
+    """With buffers that torch.equal does not compare, before one that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
+        self.register_buffer("grown", torch.zeros(1))
+        self.up = dgrad.ConvTranspose2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Any) -> Any:
+        self.grown.resize_(5).fill_(1)
+        return self.norm(self.up(x))
+
+
+def test_buffers_of_every_kind_are_put_back() -> None:
+    model = Buffered()
+    dgrad.warm_up(model, X)
+    assert torch.equal(model.grown, torch.zeros(1))
+    assert torch.equal(model.sparse.to_dense(), torch.eye(2))
+    assert not model.norm.running_mean.any()
+    assert int(model.norm.num_batches_tracked) == 0
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = dgrad.ConvTranspose2d(3, 4, 3)
+
+    def forward(self, x: Any) -> Any:
+        return checkpoint(self.up, x, use_reentrant=True)
+
+
+def test_a_reentrant_checkpoint_is_a_warning_and_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log, "_warned", {})
+    model = Checkpointed()
+    x = X.clone().requires_grad_()
+    dgrad.warm_up(model, x)
+    [message] = caplog.messages
+    assert message.startswith("the gradients of Checkpointed are not selected: a reentrant")
+    model(x).sum().backward()
+    assert model.up.weight.grad is not None
+
+
+def test_an_output_that_is_sparse_is_no_error() -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = dgrad.ConvTranspose2d(3, 4, 3)
+
+        def forward(self, x: Any) -> Any:
+            y = self.up(x)
+            return y, y.to_sparse()
+
+    dgrad.warm_up(Sparse(), X)

@@ -31,10 +31,10 @@ commas.
 Each contestant has a process of its own: PyTorch with cudnn.benchmark off (torch) and on
 (torch-benchmark), torch.compile with it on (torch-compile), and dgrad. All hold a case at once and
 are sampled in turn. Device time is that of a CUDA graph of many calls, which goes round more copies
-of the tensors than the device's cache holds (up to 512); host time is until the call returns; the eager ratio
-compares calls back to back, on the same tensors. Ratio is the faster peer's device time over
-dgrad's: above 1 dgrad is faster. What dgrad's store has already is not selected again, and changes
-no time.
+of the tensors (up to 512) than the device's cache holds; host time is until the call returns; the
+eager ratio compares calls back to back, on the same tensors. Ratio is the faster peer's device time
+over dgrad's: above 1 dgrad is faster. What dgrad's store has already is not selected again, and
+changes no time.
 
 The roofline is the larger of bytes / copy bandwidth and operations / rate of a matrix product,
 both measured in the same run; bytes count once, and only multiply-adds that reach the output count.

@@ -22,7 +22,8 @@ def tell_counters() -> None:
     for mode in _get_current_dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
         if registry is not None:
-            registry.update(_formulas())
+            for operator, formula in _formulas().items():
+                registry.setdefault(operator, formula)  # a counter may have its own
 
 
 @cache

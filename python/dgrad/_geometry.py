@@ -46,6 +46,8 @@ def pair(value: object, name: str) -> Pair:
 
 def integer(value: object, name: str) -> int:
     """``value`` as an int; TypeError where PyTorch's parser would raise one."""
+    if type(value) is int:  # also what stands for one while compiling
+        return value
     if isinstance(value, (bool, float, complex, str)) or not hasattr(value, "__index__"):
         raise _no_integer(value, name)
     try:

@@ -45,7 +45,8 @@ class Flags:
         fallback (str): "pytorch" (default) lets PyTorch run, by its own switches, what never goes
             to cuDNN (other devices and dtypes, transforms), and what no candidate can run unless a
             flag above asks for what PyTorch might not keep to; "error" raises
-            :class:`dgrad.NotSupportedError` instead.
+            :class:`dgrad.NotSupportedError` instead. For what never goes to cuDNN
+            ``torch.compile`` decides it while it compiles.
 
     Raises:
         TypeError, ValueError: a value that a flag does not take.

@@ -88,18 +88,18 @@ def _turn(
     _check(model, only)
     done = Conversion()
     classes: list[tuple[torch.nn.Module, type]] = []  # all or none, should something raise
-    names: dict[torch.nn.Module, list[str]] = {}  # of which a shared layer has several
+    names: dict[int, tuple[torch.nn.Module, list[str]]] = {}  # a shared layer has several
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _TORCH) or _scripted_as(module) == _TORCH.__name__:
-            names.setdefault(module, []).append(name)
+            names.setdefault(id(module), (module, []))[1].append(name)
     if isinstance(only, str) and names:
-        every = [name for each in names.values() for name in each]
+        every = [name for _, each in names.values() for name in each]
         if not any(re.search(only, name) for name in every):
             raise ValueError(
                 f"only is {shown(only)}, expected a regular expression that is found in the name "
                 f"of one of the model's transposed convolutions: {shown(every)}"
             )
-    for module, (name, *others) in names.items():
+    for module, (name, *others) in names.values():
         try:
             if not any(_is_wanted(each, module, only) for each in (name, *others)):
                 raise _LeftError("only leaves it out")
@@ -107,9 +107,16 @@ def _turn(
             done.append(name)
         except _LeftError as reason:
             done.left[name] = str(reason)
-    for module, cls in classes:
-        # The classes have the same attributes, and all that refers to the module stays right.
-        module.__class__ = cls
+    before = [type(module) for module, _ in classes]
+    try:
+        for module, cls in classes:
+            # The classes have the same attributes, and all that refers to the module stays right.
+            module.__class__ = cls
+    except BaseException:  # of a __setattr__ of the module's own
+        for (module, cls), was in zip(classes, before, strict=True):
+            if type(module) is cls:
+                object.__setattr__(module, "__class__", was)
+        raise
     return done
 
 
@@ -141,7 +148,10 @@ def _is_wanted(name: str, module: torch.nn.Module, only: Filter | None) -> bool:
 
 
 def _scripted_as(module: torch.nn.Module) -> str | None:
-    return getattr(module, "original_name", None)
+    try:
+        return getattr(module, "original_name", None)
+    except Exception:  # of a __getattr__ of the module's own
+        return None
 
 
 def _ours(module: torch.nn.Module, subclasses: bool) -> type:

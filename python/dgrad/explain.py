@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -85,15 +86,20 @@ def _aligned(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
+_A_STEP = (
+    "pass a function that makes a step of training, or the model as it was before it was wrapped"
+)
+
+
 def explain(
     call: Callable[..., Any], *inputs: Any, backward: bool = False, **keywords: Any
 ) -> Explanation:
     """What runs for ``call(*inputs)``, what was chosen, and why each other candidate was not.
 
-    The call is run once, so that a problem that is new is selected as it would be. Gradients,
-    buffers, PyTorch's random numbers and the counts of :func:`dgrad.selections` stay as they are,
-    and so do the inputs unless the call itself writes to them. Lazy layers are initialized, as by
-    any first call, and take random numbers for that.
+    The call is run once, so that a problem that is new is selected as it would be. Gradients, the
+    buffers of a module that is given itself, PyTorch's random numbers and the counts of
+    :func:`dgrad.selections` stay as they are, and so do the inputs unless the call itself writes to
+    them. Lazy layers are initialized, as by any first call, and take random numbers for that.
 
     The threads that the call starts are told of too. What other threads of the program run
     meanwhile is not, nor what the call leaves to threads that were there before.
@@ -116,7 +122,9 @@ def warm_up(
     Runs the call once, with gradients for all parameters and inputs that require them, and shows
     progress on a terminal. The output's tensors may be in containers and in attributes of objects;
     a warning says where no gradient could be taken. A function that runs a backward pass itself is
-    left with that one. What :func:`explain` leaves as it is stays so here too.
+    left with that one: give a whole step of training where the model is wrapped for several
+    processes, as FSDP's first version and DistributedDataParallel's static graph want one. What
+    :func:`explain` leaves as it is stays so here too.
 
     Args:
         call: a layer, a model, or a function around one.
@@ -144,6 +152,11 @@ def _modules(call: object) -> Iterable[torch.nn.Module]:
 def _rehearse(
     call: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any], backward: bool
 ) -> None:
+    name = getattr(call, "__qualname__", type(call).__name__)
+    wrapper = _wrapper(call) if backward else None
+    if wrapper is not None:
+        log.without_gradients(name, f"{wrapper} wants a whole step; {_A_STEP}")
+    backward = backward and wrapper is None
     with _undisturbed(call), torch.set_grad_enabled(backward):
         if not backward:
             call(*inputs, **keywords)
@@ -154,7 +167,7 @@ def _rehearse(
         if _backward_passes() > passes + 1 and not isinstance(call, torch.nn.Module):
             return  # a step of training: it has taken its gradients, and its graph is gone
         found = list(_tensors(output))
-        outputs = [t for t in found if t.requires_grad]
+        outputs = [t for t in found if t.requires_grad and t.layout is torch.strided]
         # The first two are in the third, but for what a call does in other threads.
         sources: list[Any] = [t for t in _tensors((inputs, keywords)) if t.requires_grad]
         parameters = [p for m in _modules(call) for p in m.parameters(False) if not is_lazy(p)]
@@ -162,10 +175,39 @@ def _rehearse(
         sources += _ends(outputs, begin)
         if outputs and sources:
             gradients = [torch.ones_like(t) for t in outputs]
-            torch.autograd.grad(outputs, sources, gradients, allow_unused=True)
+            try:
+                torch.autograd.grad(outputs, sources, gradients, allow_unused=True)
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                log.without_gradients(name, f"a reentrant checkpoint wants a step; {_A_STEP}")
+        elif found:
+            log.without_gradients(
+                name,
+                "no tensor of its output requires one; let parameters or inputs require gradients, "
+                "return tensors with their graph",
+            )
         else:
-            name = getattr(call, "__qualname__", type(call).__name__)
-            log.without_gradients(name, type(output).__name__, found=bool(found))
+            kind = type(output).__name__
+            why = f"no tensor was found in its output, a {kind}; let it return tensors"
+            log.without_gradients(name, why)
+
+
+def _wrapper(call: object) -> str | None:
+    """What around the model takes a backward pass of ours for a whole one, or None.
+
+    Its hooks would be left in the middle of a step: FSDP's first version then has no parameters
+    left, and the processes of a static graph no longer train as one.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # costs much to import
+    sharded = getattr(fsdp, "FullyShardedDataParallel", None)
+    for module in _modules(call):
+        if sharded is not None and isinstance(module, sharded):
+            return "FullyShardedDataParallel"
+        static = getattr(module, "static_graph", False)
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel) and static:
+            return "DistributedDataParallel(static_graph=True)"
+    return None
 
 
 def _backward_passes() -> int:
@@ -228,6 +270,13 @@ def _ends(outputs: Iterable[Tensor], begin: int) -> list[GradientEdge]:
     return list(found)
 
 
+def _same(buffer: Tensor, before: Tensor) -> bool:
+    try:
+        return torch.equal(buffer, before)
+    except (RuntimeError, AttributeError):  # sparse ones, float8 and others are not compared
+        return False
+
+
 @contextmanager
 def _undisturbed(call: object) -> Iterator[None]:
     """Put buffers and PyTorch's random numbers back to what they were.
@@ -251,10 +300,13 @@ def _undisturbed(call: object) -> Iterator[None]:
                 if before is None:
                     continue
                 module._buffers[name] = buffer
-                # .data: a graph that has saved the buffer must not take it for a changed one.
-                if not torch.equal(buffer, before):
+                if not _same(buffer, before):
                     with torch.inference_mode(buffer.is_inference()):
-                        buffer.data.copy_(before)
+                        # .data: a graph that has saved it must not take it for a changed one.
+                        if buffer.shape == before.shape and buffer.layout is torch.strided:
+                            buffer.data.copy_(before)
+                        else:
+                            buffer.data = before
             for module in begun:
                 reset, now = getattr(module, "reset_running_stats", None), [*module.buffers(False)]
                 if callable(reset) and not any(map(is_lazy, now)):

@@ -99,6 +99,8 @@ def conv_transpose2d(
             return known if type(known) is Tensor else record(input, weight, bias, known)
     if _is_transformed():
         return _pytorch(flags, _fallback.at_work(), input, weight, bias, *own)
+    if isinstance(input, torch.fx.Proxy):  # and so may be the other arguments
+        return _pytorch(flags, "torch.fx is at work", input, weight, bias, *own)
     state, held = None, config.current()
     if plan_cache.exchange is not None and not watchers and not profiling():
         state = (*own, *config.switches(flags))

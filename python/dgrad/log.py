@@ -178,15 +178,8 @@ def not_measured(problem: object, error: Exception) -> None:
     logger.debug("not measured ahead: %s: %s: %s", problem, type(error).__name__, str(error))
 
 
-def without_gradients(call: str, output: str, found: bool) -> None:
-    """One WARNING for a call whose gradients were asked for, and which has none to take."""
-    if found:
-        why = (
-            "no tensor of its output requires one; let parameters or inputs require gradients, "
-            "return tensors with their graph"
-        )
-    else:
-        why = f"no tensor was found in its output, a {output}; let it return tensors"
+def without_gradients(call: str, why: str) -> None:
+    """One WARNING for a call whose gradients were asked for, and are not taken."""
     warn_once(
         f"gradients of {call}: {why}",
         "the gradients of %s are not selected: %s, or pass backward=False",

@@ -55,8 +55,9 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         plain = type(self) is ConvTranspose2d
         output_padding = self.output_padding
         if output_size is not None or not (plain or type(self)._output_padding is _OUTPUT_PADDING):
-            if isinstance(input, torch.fx.Proxy):  # sizes are not known: the layer is recorded
-                return _recorded(self, input, output_size)
+            recorded = _recorded(self, input, output_size)
+            if recorded is not None:
+                return recorded  # type: ignore[no-any-return]
             output_padding = self._chosen_padding(input, output_size)
         weight: Tensor | None
         bias: Tensor | None
@@ -106,12 +107,18 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         return chosen
 
 
-def _recorded(layer: ConvTranspose2d, input: torch.fx.Proxy, output_size: object) -> Any:
-    """The call of a layer in the graph of torch.fx, where PyTorch's layer stands as a whole too."""
-    tracer = input.tracer
-    assert isinstance(tracer, torch.fx.Tracer)
-    path = tracer.path_of_module(layer)
-    return tracer.create_proxy("call_module", path, (input, output_size), {})
+def _recorded(layer: ConvTranspose2d, input: object, output_size: object) -> Any:
+    """The call of a layer in a graph of torch.fx, where PyTorch's layer stands as a whole too.
+
+    None where torch.fx is not at work, or traces the layer itself.
+    """
+    sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size,)
+    for value in (input, *sizes):
+        if isinstance(value, torch.fx.Proxy) and isinstance(value.tracer, torch.fx.Tracer):
+            path = value.tracer.path_of_module(layer)
+            call = value.tracer.create_proxy
+            return call("call_module", path, (input, output_size), {}) if path else None
+    return None
 
 
 def _no_size(output_size: object) -> TypeError:
