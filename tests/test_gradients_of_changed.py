@@ -54,6 +54,8 @@ def test_a_layer_that_was_changed_is_refused_as_by_pytorch(
     if change == device:
         pytest.skip("it is there")
     for kind in (nn.ConvTranspose2d, dgrad.ConvTranspose2d):
+        if kind is nn.ConvTranspose2d and device != "cpu":
+            continue  # what PyTorch's kernels would read there is not ours to try
         layer = kind(4, 3, 3, 2, device=device)
         x = torch.randn(2, 4, 5, 5, device=device, requires_grad=True)
         for _ in range(3 if known else 0):
