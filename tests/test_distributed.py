@@ -59,7 +59,10 @@ else:
         parallel = fully_shard(part, mesh=mesh)
     assert isinstance(model[0], dgrad.ConvTranspose2d)
 optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (single, parallel)]
-dgrad.warm_up(parallel, torch.randn(2, 4, 6, 7, dtype=torch.float64).to(place))
+batch = torch.randn(2, 4, 6, 7, dtype=torch.float64).to(place)
+dgrad.warm_up(parallel, batch)
+if kind == "fsdp":
+    dgrad.warm_up(lambda x: parallel(x), batch)
 for step in range(4):
     # Ranks meet the sizes in another order.
     sizes = [(6, 7), (5, 5)]

@@ -172,7 +172,12 @@ def _rehearse(
         sources: list[Any] = [t for t in _tensors((inputs, keywords)) if t.requires_grad]
         parameters = [p for m in _modules(call) for p in m.parameters(False) if not is_lazy(p)]
         sources += [p for p in parameters if p.requires_grad]
-        sources += _ends(outputs, begin)
+        ends = _ends(outputs, begin)
+        if any(getattr(getattr(e.node, "variable", 0), "_is_flat_param", False) for e in ends):
+            # Of FSDP's first version inside a function, see _wrapper().
+            log.without_gradients(name, f"FullyShardedDataParallel wants a whole step; {_A_STEP}")
+            return
+        sources += ends
         if outputs and sources:
             gradients = [torch.ones_like(t) for t in outputs]
             try:
