@@ -228,9 +228,14 @@ def test_a_frozen_weight_gets_no_gradient(device: str) -> None:
 
 
 def test_the_function_is_traced_with_sizes_that_are_not_known() -> None:
-    def decode(x: Tensor, w: Tensor) -> Tensor:
-        return dgrad.conv_transpose2d(x, w, None, w.shape[2] // 2, (w.shape[2] // 2, 0))
+    def decoder(function: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, w: function(x, w, None, w.shape[2] // 2, (w.shape[2] // 2, 0))
 
+    try:
+        torch.fx.symbolic_trace(decoder(nn.functional.conv_transpose2d))
+    except TypeError:
+        pytest.skip("this PyTorch does not trace its own function either")
+    decode = decoder(dgrad.conv_transpose2d)
     x, w = torch.randn(2, 3, 5, 5), torch.randn(3, 2, 4, 4)
     traced = torch.fx.symbolic_trace(decode)
     torch.testing.assert_close(traced(x, w), decode(x, w))

@@ -165,6 +165,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.up, x, use_reentrant=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*autocast:FutureWarning")  # of checkpoint in PyTorch 2.4
 def test_a_reentrant_checkpoint_is_a_warning_and_no_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
