@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.testing._internal.two_tensor import TwoTensor
 
 import dgrad
-from dgrad import _compiled
+from dgrad import _compiled, _ops
 from operands import compiles
 
 pytestmark = [
@@ -94,6 +94,32 @@ def test_as_many_graphs_as_pytorchs_do_for_many_sizes(
         graphs.append(len(made))
     assert graphs[1] <= graphs[0]
     for found, wanted in zip(outputs[1], outputs[0], strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@compiles
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("patched", [False, True])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_a_batch_whose_size_depends_on_data_is_compiled_whole(
+    patched: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if patched:
+        monkeypatch.setattr(_ops, "unsuitable", lambda *_: None)
+    x = torch.randn(5, 3, 6, 7).contiguous(memory_format=layout)
+    outputs = []
+    for function in (F.conv_transpose2d, dgrad.conv_transpose2d):
+        torch.manual_seed(0)
+        w = torch.randn(3, 4, 3, 3, requires_grad=True)
+        compiled = torch.compile(
+            lambda x, w, mask, function=function: function(x[mask], w, None, 2, 1),
+            fullgraph=True, dynamic=True, backend="aot_eager",
+        )  # fmt: skip
+        y = compiled(x, w, torch.tensor([1, 0, 1, 1, 0]).bool())
+        y.sum().backward()
+        none = compiled(x, w, torch.zeros(5).bool())
+        outputs.append((y, y.stride(), w.grad, none.shape))
+    for found, wanted in zip(*outputs, strict=True):
         torch.testing.assert_close(found, wanted)
 
 

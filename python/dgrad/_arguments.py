@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._geometry import Geometry, Pair, output_size
+from ._geometry import Geometry, Pair, is_known, output_size
 from ._words import shown
 
 _INT64_MAX = 2**63 - 1
@@ -152,7 +152,7 @@ def check_sizes(
             f"size {size}, expected at least 1"
         )
     images = input.shape[0] if input.dim() == 4 else 1
-    if images * channels * size[0] * size[1] * input.element_size() > _INT64_MAX:
+    if is_known(images * channels * size[0] * size[1] * input.element_size() > _INT64_MAX):
         raise RuntimeError(
             f"the output has size {(images, channels, *size)}, expected at most {_INT64_MAX} bytes"
         )

@@ -6,6 +6,8 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from ._words import shown
 
 Pair = tuple[int, int]
@@ -92,6 +94,13 @@ def appended_rows(output_padding: Pair, stride: Pair) -> Pair:
     return output_padding[0] // stride[0], output_padding[1] // stride[1]
 
 
+def is_known(condition: object) -> bool:
+    """Whether it holds, and not only for some sizes that the compiler leaves open to the data."""
+    if isinstance(condition, torch.SymBool) and not condition.node.has_hint():
+        return False
+    return bool(condition)
+
+
 def is_channels_last(size: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether PyTorch reads these strides of a 4-d tensor as channels_last.
 
@@ -102,9 +111,9 @@ def is_channels_last(size: Sequence[int], stride: Sequence[int]) -> bool:
         return False
     least = 0
     for d in (1, 3, 2, 0):
-        if size[d] == 0 or stride[d] < least:
+        if is_known(size[d] == 0) or stride[d] < least:
             return False
-        if d == 0 and least == stride[1]:
-            return False
+        if d == 0:
+            break
         least = stride[d] * max(size[d], 1)
-    return True
+    return bool(least != stride[1])

@@ -19,7 +19,7 @@ from ._arguments import check_sizes, check_tensors
 from ._autograd import GRADIENTS, entered, recipe, unrecorded
 from ._call import INPUTS, OUTPUT, check_numbers, memory_format, output_shape
 from ._flops import tell_counters
-from ._geometry import Geometry, Pair, appended_rows, pair
+from ._geometry import Geometry, Pair, appended_rows, is_known, pair
 from .functional import autocast, enter, unsuitable
 
 
@@ -169,7 +169,7 @@ def _conv_transpose2d(
     if reason is not None:
         again = (input, weight, bias, geometry, output_padding)
         _fallback.announce(config.from_text(flags), reason, again)
-    if reason is not None or input.numel() == 0:
+    if reason is not None or is_known(input.numel() == 0):
         return _operator.conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
