@@ -140,7 +140,7 @@ foreach(_cudnn_name IN ITEMS CUDNN_LIBRARY CUDNN_INCLUDE_DIR CUDNN_CUDA_INCLUDE_
       string(APPEND _cudnn_wrong "\n  ${_cudnn_name} ${_cudnn_place}: no cudnn.h")
     endif()
   endforeach()
-  if(${_cudnn_name})
+  if(${_cudnn_name}) # an imported target takes no relative ones
     set(${_cudnn_name} "${_cudnn_places}")
   endif()
 endforeach()

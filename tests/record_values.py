@@ -26,8 +26,9 @@ import torch
 
 from code_hash import code_hash
 from dgrad import _candidates, _fallback, _loader, config
-from dgrad._call import INPUTS, OUTPUT, Call
+from dgrad._call import Call
 from dgrad._geometry import Geometry
+from dgrad._operands import INPUTS, OUTPUT
 from dgrad.bench import environment
 from dgrad.selection import FUSED, IDENTITY, Candidate
 from reference import TOLERANCES, Case, Expected, arguments, errors, expected, random_case

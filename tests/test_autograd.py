@@ -17,8 +17,8 @@ from torch.autograd import gradcheck, gradgradcheck
 import dgrad
 from dgrad import _autograd, _fallback
 from dgrad._autograd import convolution
-from dgrad._call import INPUTS, OUTPUT
 from dgrad._geometry import Geometry, Pair, output_size
+from dgrad._operands import INPUTS, OUTPUT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -312,21 +312,6 @@ def test_a_class_put_over_parametrizations_is_left() -> None:
     }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_tools_that_know_exact_classes_know_a_restored_model() -> None:
-    fuse = torch.ao.quantization.fuse_modules
-    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    x = torch.randn(2, 3, 5, 5)
-    wanted = model(x)
-    dgrad.convert(model)
-    with pytest.raises(AssertionError, match="fuser method"):
-        fuse(model, [["0", "1"]])
-    dgrad.restore(model)
-    fused = fuse(model, [["0", "1"]])
-    assert type(fused[1]) is nn.Identity
-    torch.testing.assert_close(fused(x), wanted)
-
-
 def test_a_class_that_cannot_be_set_leaves_all_layers_as_they_were() -> None:
     class Refusing(nn.ConvTranspose2d):
         def __setattr__(self, name: str, value: Any) -> None:

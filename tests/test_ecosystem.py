@@ -245,3 +245,18 @@ def test_a_layer_itself_is_not_traced_with_a_size_as_with_pytorchs() -> None:
     for layer in (nn.ConvTranspose2d(3, 2, 3), dgrad.ConvTranspose2d(3, 2, 3)):
         with pytest.raises(torch.fx.proxy.TraceError):
             torch.fx.symbolic_trace(layer, concrete_args={"output_size": (7, 7)})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_tools_that_know_exact_classes_know_a_restored_model() -> None:
+    fuse = torch.ao.quantization.fuse_modules
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    wanted = model(x)
+    dgrad.convert(model)
+    with pytest.raises(AssertionError, match="fuser method"):
+        fuse(model, [["0", "1"]])
+    dgrad.restore(model)
+    fused = fuse(model, [["0", "1"]])
+    assert type(fused[1]) is nn.Identity
+    torch.testing.assert_close(fused(x), wanted)

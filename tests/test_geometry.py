@@ -24,6 +24,7 @@ from dgrad._geometry import (
     output_size,
     pair,
 )
+from dgrad._operands import INPUTS
 from dgrad.exceptions import NotSupportedError
 
 core, reason = _loader.load()
@@ -149,7 +150,7 @@ def test_cudnn_agrees_with_the_problems_of_all_directions(case: Case, channels_l
     y = F.pad(y, (0, columns, 0, rows))
     tensors = {"x": x, "w": w, "y": y}
     for direction, result in (("dgrad", "x"), ("fprop", "y"), ("wgrad", "w")):
-        a, b = (tensors[name] for name in _call.INPUTS[direction])
+        a, b = (tensors[name] for name in INPUTS[direction])
         size = tensors[result].shape[2:]
         _, (problem,) = problems_of(direction, a, b, case.geometry, (size[0], size[1]))
         for name, tensor in tensors.items():

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dgrad
 from dgrad import _autograd, _call, functional
-from dgrad._call import check_operands
+from dgrad._operands import check_operands
 from test_autograd_function import CallByPyTorch
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)

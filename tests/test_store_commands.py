@@ -9,7 +9,6 @@ import re
 import stat
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -322,27 +321,6 @@ def test_a_device_that_never_ends_is_no_export(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(_export, "_MAX_BYTES", 2**20)
     with pytest.raises(ValueError, match="is not an export of the store: it has over 1048576 "):
         store.load("/dev/zero")
-
-
-def test_files_that_go_meanwhile_keep_no_others(
-    store_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = written(store_root).parent
-    left = [folder / f".{'0' * 31}{i}.json.{'0' * 16}.tmp" for i in range(3)]
-    for file in left:
-        file.touch()
-        os.utime(file, (0, 0))
-    real = os.lstat
-
-    def vanishing(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
-        if Path(path) == left[0]:
-            raise FileNotFoundError(path)
-        return real(path, *arguments, **options)
-
-    monkeypatch.setattr(os, "lstat", vanishing)
-    store._sweep(folder)
-    monkeypatch.undo()
-    assert [file.exists() for file in left] == [True, False, False]
 
 
 def test_a_missing_export_and_a_folder_that_cannot_be_written_raise(

@@ -233,3 +233,24 @@ def test_a_file_replaced_by_another_nfs_client_is_a_silent_miss(
     refuse(monkeypatch, "open", errno.ESTALE, lambda path: path == file)
     assert store.read(make_problem()) is None
     assert warnings_of_store() == []
+
+
+def test_files_that_go_meanwhile_keep_no_others(
+    store_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written(store_root).parent
+    left = [folder / f".{'0' * 31}{i}.json.{'0' * 16}.tmp" for i in range(3)]
+    for file in left:
+        file.touch()
+        os.utime(file, (0, 0))
+    real = os.lstat
+
+    def vanishing(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if Path(path) == left[0]:
+            raise FileNotFoundError(path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "lstat", vanishing)
+    store._sweep(folder)
+    monkeypatch.undo()
+    assert [file.exists() for file in left] == [True, False, False]

@@ -17,17 +17,9 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import _fallback, _loader, config
-from ._call import (
-    INPUTS,
-    OUTPUT,
-    Call,
-    call_for,
-    check_operands,
-    memory_format,
-    unsuited,
-    unusable,
-)
+from ._call import Call, call_for
 from ._geometry import Geometry, Pair, is_channels_last
+from ._operands import INPUTS, OUTPUT, check_operands, memory_format, unsuited, unusable
 from ._watch import Watchers, observers, profiling, seen_by, watchers
 from .config import Flags
 from .planner import plan_cache
@@ -156,13 +148,13 @@ def convolution(
         result: Tensor = _Convolution.apply(a, b, bias, made)  # type: ignore[no-untyped-call]
         return result
     if call is None:
+        check_operands(direction, a, b, bias, geometry.groups)
         reason = unsuited(a) or unusable(torch._C._get_cudnn_enabled())
         if reason is None and _is_foreign(a, b):
             reason = "a dispatch mode or a subclass of Tensor is at work"
         if reason is not None:
             _fallback.announce(flags, reason)
             return _fallback.run(direction, a, b, geometry, size, bias)
-        check_operands(direction, a, b, bias, geometry.groups)
         call = call_for(direction, a, b, geometry, size, flags, bias)
     return call(a, b, bias)
 
@@ -179,7 +171,7 @@ def unrecorded(
     """:func:`convolution` where autograd records nothing, by native code where it is known.
 
     Raises:
-        RuntimeError: as :func:`dgrad._call.check_operands`, besides.
+        RuntimeError: as :func:`dgrad._operands.check_operands`, besides.
     """
     held = config.current()
     state = (direction, size, *geometry, *config.switches(flags))
@@ -188,11 +180,11 @@ def unrecorded(
         result = plan_cache.ready.run(a, b, bias, state)
         if result is not None:
             return result
-    check_operands(direction, a, b, bias, geometry.groups)
     if watched or plan_cache.exchange is None:
         return convolution(direction, a, b, geometry, size, flags, None, bias)
     if (unsuited(a) or unusable(torch._C._get_cudnn_enabled())) is not None:
         return convolution(direction, a, b, geometry, size, flags, None, bias)
+    check_operands(direction, a, b, bias, geometry.groups)
     call = call_for(direction, a, b, geometry, size, flags, bias)
     result = convolution(direction, a, b, geometry, size, flags, call, bias)
     # Unless a switch was turned meanwhile, by another thread.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ._call import INPUTS, OUTPUT
+from ._operands import INPUTS, OUTPUT
 
 
 def tell_counters() -> None:

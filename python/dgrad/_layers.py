@@ -14,8 +14,8 @@ from torch import Tensor
 from . import config
 from ._arguments import check_sizes
 from ._autograd import convolution
-from ._call import INPUTS, OUTPUT
 from ._geometry import Geometry, Pair, integer, pair
+from ._operands import INPUTS, OUTPUT
 from ._runner import Runner
 from .explain import Explanation, explain
 from .functional import conv_transpose2d

@@ -17,9 +17,9 @@ from torch import Tensor
 from . import _fallback, _operator, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import GRADIENTS, entered, recipe, unrecorded
-from ._call import INPUTS, OUTPUT, check_numbers, memory_format, output_shape
 from ._flops import tell_counters
 from ._geometry import Geometry, Pair, appended_rows, is_known, pair
+from ._operands import INPUTS, OUTPUT, check_numbers, memory_format, output_shape
 from .functional import autocast, enter, unsuitable
 
 

@@ -15,9 +15,10 @@ from torch.autograd import forward_ad
 from . import _fallback, _operator, config
 from ._arguments import check_sizes, check_tensors
 from ._autograd import convolution, ready_recipe, record
-from ._call import Call, check_numbers, unsuited, unusable
+from ._call import Call
 from ._compiled import compiled
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
+from ._operands import check_numbers, unsuited, unusable
 from ._watch import profiling, watchers
 from .planner import plan_cache
 
