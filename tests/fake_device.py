@@ -30,19 +30,22 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_ms = 0.0
+        self.host_now_ms = 0.0
         self.held = False  # then the host does not limit
         self.cold = False  # nothing of a run's tensors is in the cache
         self.memory = True
         self.events: list[str] = []
+        self.holds_ms: list[float] = []
         cuda = SimpleNamespace(Event=lambda enable_timing: FakeEvent(self), _sleep=self.hold)
         fake = SimpleNamespace(cuda=cuda, empty=self.empty, uint8=None)
         monkeypatch.setattr(measuring, "torch", fake)
-        clock = SimpleNamespace(perf_counter=lambda: self.now_ms / 1e3)
+        clock = SimpleNamespace(perf_counter=lambda: self.host_now_ms / 1e3)
         monkeypatch.setattr(measuring, "time", clock)
         monkeypatch.setattr(measuring, "_AHEAD", 1)
 
     def hold(self, cycles: int) -> None:
         self.held = True
+        self.holds_ms.append(cycles / measuring._CYCLES_PER_MS)
         self.events.append("hold")
 
     def empty(self, size: int, dtype: object, device: str) -> Any:
@@ -61,12 +64,14 @@ class Device:
         time_ms: float | Callable[[int], float],
         *,
         device_ms: float | None = None,
+        host_ms: float = 0.0,
         cold_ms: float = 0.0,
         check: Callable[[], None] = lambda: None,
     ) -> Contestant:
         """One whose runs take so many milliseconds; a function is given the number of the run.
 
         On the device alone they take ``device_ms``, or the same; ``cold_ms`` more out of its cache.
+        To queue a run takes the host ``host_ms``.
         """
         runs = 0
 
@@ -78,6 +83,7 @@ class Device:
             else:
                 self.now_ms += time_ms(runs) if callable(time_ms) else time_ms
             self.now_ms += cold_ms if self.cold else 0.0
+            self.host_now_ms += host_ms
             self.cold = False
             runs += 1
 
@@ -102,6 +108,7 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         self._device.held = False
+        self._device.host_now_ms = self._device.now_ms
 
     def elapsed_time(self, end: FakeEvent) -> float:
         return end._at_ms - self._at_ms

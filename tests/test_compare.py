@@ -113,11 +113,13 @@ def test_compare_says_that_outputs_differ(
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_compare_says_which_of_two_unlike_outputs_is_nearer_to_float64(
+def test_compare_says_which_of_two_unlike_outputs_is_nearer_to_float64_and_of_tf32(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "off.py"
     file.write_text("""
+import logging
+
 import torch
 from torch import nn
 
@@ -127,6 +129,7 @@ class Model(nn.Module):
         self.up = nn.ConvTranspose2d(2, 3, 2)
 
     def forward(self, x):
+        logging.getLogger("dgrad").info("dgrad float32/tf32 nchw: graph:eng1 (TENSOR_OP_MATH)")
         return self.up(x) + (type(self.up) is not nn.ConvTranspose2d)
 
 def get_inputs():
@@ -137,8 +140,10 @@ def get_init_inputs():
 """)
     assert run_compare(str(file), "--json", "--selection", "heuristic") == 1
     out, err = capsys.readouterr()
-    errors = json.loads(out)["float64_errors"]
+    told = json.loads(out)
+    errors = told["float64_errors"]
     assert errors["pytorch"] < 1e-6 < 0.1 < errors["dgrad"]
+    assert any("torch.backends.cudnn.allow_tf32" in note for note in told["notes"])
     assert "relative error against float64: pytorch" in err
 
 

@@ -20,6 +20,21 @@ def test_where_the_host_may_limit_the_close_ones_are_timed_on_the_device(device:
     assert device.count("hold") == 3 + 1, "a is slower than b by more than a quarter"
 
 
+def test_where_many_kernels_let_the_host_limit_long_runs_the_close_ones_are_timed_too(
+    device: Device,
+) -> None:
+    a = device.contestant("a", 0.60, device_ms=0.50, host_ms=0.59)
+    b = device.contestant("b", 0.84, device_ms=0.36, host_ms=0.83)
+    c = device.contestant("c", 0.96, host_ms=0.01)
+    assert time([a, b, c]) == [0.60, 0.84, 0.96]
+    assert [each.device_ms for each in (a, b, c)] == [
+        pytest.approx(0.50),
+        pytest.approx(0.36),
+        None,
+    ]
+    assert min(device.holds_ms) >= 2 * 0.60, "the host has time to queue both runs"
+
+
 def test_what_one_alone_takes_on_the_device_is_known_too(device: Device) -> None:
     alone = device.contestant("a", 0.03, device_ms=0.02)
     assert time([alone]) == [0.03]

@@ -26,6 +26,7 @@ _PATIENCE_S = 0.05  # for one that is built, before the budget is looked at agai
 
 # Below this time of one run the host may be what limits, and hide what the device takes.
 _HOST_MS = 0.1
+_HOST_SHARE = 0.5  # so is it where queueing takes more of the time: of many kernels a run, say
 CLOSE = 1.5  # candidates this close are then told apart by their time on the device
 _CACHE_MS = 1.0  # and up to this time those that are not far behind: tensors may fit its cache
 _DEVICE_PAIRS = 5
@@ -64,6 +65,7 @@ class Contestant:
         self.run: Callable[[], None] | None = None
         self.samples_ms: list[float] = []
         self.device_samples_ms: list[float] = []
+        self.host_limits = False  # whether it may have in the last sample
         self.error: Exception | None = None
 
     def fail(self, error: Exception) -> None:
@@ -91,11 +93,15 @@ class Contestant:
         assert self.run is not None
         start, end = _events()
         start.record()
+        begin = time.perf_counter()
         for _ in range(runs):
             self.run()
+        host_ms = (time.perf_counter() - begin) * 1e3
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) / runs
+        sample_ms = float(start.elapsed_time(end))
+        self.host_limits = sample_ms / runs <= _HOST_MS or host_ms > _HOST_SHARE * sample_ms
+        return sample_ms / runs
 
     def sample_device(self, flush: Callable[[], object]) -> float:
         """The same on the device alone: half of the runs find nothing of theirs in its cache.
@@ -107,7 +113,7 @@ class Contestant:
         wanted = round(_SAMPLE_MS / max(2 * time_ms, 1e-3))
         pairs = [_events() for _ in range(max(1, min(_DEVICE_PAIRS, wanted)))]
         # The device is held back until the host has queued all runs.
-        hold_ms = 4 * len(pairs) * min(time_ms, _HOST_MS)
+        hold_ms = 4 * len(pairs) * (time_ms if self.host_limits else _HOST_MS)
         torch.cuda._sleep(int(hold_ms * _CYCLES_PER_MS))
         for start, end in pairs:
             flush()
@@ -154,7 +160,7 @@ def measure(
         _begin(joined, lambda: False, errors)
         timed = _within(_DROP_FACTOR, [*timed, *joined])
         timed = _sample_in_rounds(timed, order, spent, errors)
-    if timed and (_fastest_ms(timed) or 0.0) <= _CACHE_MS:
+    if timed and ((_fastest_ms(timed) or 0.0) <= _CACHE_MS or _host_limits(timed)):
         _sample_device(_within(_leave_factor(timed), timed), order, errors)
 
 
@@ -261,8 +267,12 @@ def _sample_in_rounds(
     return timed
 
 
+def _host_limits(timed: Sequence[Contestant]) -> bool:
+    return any(contestant.host_limits for contestant in timed)
+
+
 def _leave_factor(timed: Sequence[Contestant], samples: int = _ROUNDS) -> float:
-    if (_fastest_ms(timed) or 0.0) > _HOST_MS:
+    if not _host_limits(timed):
         return _LEAVE_FACTOR
     # Where the host limits, what else it does may be all that a single sample shows.
     return CLOSE if samples > 1 else 2 * CLOSE

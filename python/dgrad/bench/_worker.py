@@ -97,7 +97,7 @@ class Contestant:
             "differences": verdict.differences,
             "float64_errors": None if verdict.equal else self.float64_errors(),
             "selected": list(dict.fromkeys(self.messages)),
-            "notes": self.notes(),
+            "notes": self.notes(verdict.equal),
             "device_name": environment.device_name(self.device),
             "versions": environment.versions(),
         }
@@ -216,12 +216,18 @@ class Contestant:
             return None
         return dict(zip(("pytorch", "dgrad"), errors, strict=True))
 
-    def notes(self) -> list[str]:
+    def notes(self, equal: bool) -> list[str]:
         notes = [f"these layers stay PyTorch's: {self._left()}"] if self.left else []
         if self.device.type == "cpu":
             notes.append(
                 "on the CPU PyTorch's own operator runs in dgrad's layers: expect a ratio near 1, "
                 "or less where a run takes microseconds"
+            )
+        tf32 = any("/tf32 " in line and "TENSOR_OP_MATH" in line for line in self.messages)
+        if tf32 and not equal:
+            notes.append(
+                "some of dgrad's choices multiply in tf32, as torch.backends.cudnn.allow_tf32 "
+                "lets them: set it to False in the file to hold float32 against float32"
             )
         return notes + ([self.reduced] if self.reduced else [])
 
