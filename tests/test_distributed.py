@@ -122,7 +122,7 @@ def run_ranks(tmp_path: Path, code: str, *arguments: str) -> None:
         [sys.executable, *command, str(script), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=380,
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),

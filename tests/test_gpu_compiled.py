@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable
 
@@ -114,7 +113,8 @@ def test_compiled_code_is_no_slower_than_eager(
         for call in (eager, compiled):
             milliseconds(call)
         rounds = [(milliseconds(compiled), milliseconds(eager)) for _ in range(9)]
-    assert statistics.median(c / e for c, e in rounds) < 1.05
+    fastest, fastest_eager = map(min, zip(*rounds, strict=True))  # others only slow down
+    assert fastest < 1.05 * fastest_eager
 
 
 @compiles

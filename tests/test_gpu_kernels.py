@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -71,9 +72,11 @@ def test_a_restored_plan_gives_the_same_bits_sooner(dtype: str, layout: str, bia
             (text,) = made.compiled
             if not text:
                 continue
-            between = time.perf_counter()
-            restored = core.restored_plan(0, text)
-            took = time.perf_counter() - between
+            took = math.inf
+            for _ in range(3):  # others may use the machine
+                between = time.perf_counter()
+                restored = core.restored_plan(0, text)
+                took = min(took, time.perf_counter() - between)
             print(f"{operation} {engine.name}: {middle - begin:.3f} s, {took:.3f} s")
             assert took < middle - begin
             assert (restored.notes, restored.workspace_bytes) == (made.notes, made.workspace_bytes)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dgrad
+from gpu_layers import relative_error
 from gpu_ready import NATIVE, tensors, used
 
 pytestmark = NATIVE
@@ -36,8 +37,7 @@ def test_recorded_calls_have_the_same_gradients(bias: bool) -> None:
     y = F.conv_transpose2d(*doubled, stride=2)
     wanted = [y, *torch.autograd.grad(y, doubled, grad.double())]
     for found in (first, again):
-        for each, right in zip(found, wanted, strict=True):
-            torch.testing.assert_close(each.double(), right, rtol=1e-2, atol=1e-2)
+        assert max(map(relative_error, found, wanted)) < 5e-3
     # Through the gradients again.
     sum(g.square().sum() for g in again[1:3]).backward()  # type: ignore[union-attr]
     assert all(t.grad is not None for t in leaves[:2])
@@ -177,9 +177,8 @@ def test_an_incoming_gradient_of_another_kind_is_not_taken_for_a_known_one(kind:
             found = gradients(dgrad.conv_transpose2d, [x, w], at)
             wanted = gradients(F.conv_transpose2d, exact, at.double())
             theirs = gradients(F.conv_transpose2d, [x, w], at)
-            for each, right, as_pytorch in zip(found, wanted, theirs, strict=True):
-                torch.testing.assert_close(each.double(), right, rtol=1e-2, atol=1e-2)
-                assert each.stride() == as_pytorch.stride()
+            assert max(map(relative_error, found, wanted)) < 5e-3
+            assert [t.stride() for t in found] == [t.stride() for t in theirs]
 
 
 def test_gradients_of_many_vectors_at_once_are_right_after_known_calls() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,7 +34,8 @@ def test_work_goes_to_the_current_stream() -> None:
         given.input.fill_(float("nan"))
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        forward(UPSAMPLING, given)  # its memory is this stream's from now on
+        torch.cuda._sleep(2_000_000_000)  # about 1 s
         with torch.no_grad():
             given.input.copy_(value)
         output = forward(UPSAMPLING, given)
@@ -195,6 +197,7 @@ two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs tw
 def test_the_tensors_device_need_not_be_the_current_one() -> None:
     torch.cuda.set_device(0)
     given = arguments(UPSAMPLING, "cuda:1")
+    gc.collect()
     allocated = torch.cuda.memory_allocated(0)
     found = results(dgrad.conv_transpose2d, UPSAMPLING, given)
     assert torch.cuda.current_device() == 0

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import dgrad
-from dgrad import _measuring
+from dgrad import _measuring, log
 from gpu_layers import relative_error, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store")]
@@ -21,6 +21,7 @@ def test_a_capture_measures_nothing_and_names_warm_up(
     dgrad.conv_transpose2d(*tensors((1, 4, 4, 4), (4, 4, 3, 3)))  # the thread has its handle
     torch.cuda.synchronize()
     x, w = tensors()
+    monkeypatch.setattr(log, "_warned", {})  # it is told of the first such problem alone
     caplog.set_level(logging.INFO, "dgrad")
     real = _measuring.measure
     monkeypatch.setattr(_measuring, "measure", lambda *_: pytest.fail("measured in a capture"))

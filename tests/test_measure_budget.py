@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dgrad import measure as measuring
-from dgrad.measure import measure
+from dgrad.measure import Contestant, measure
 from fake_device import ROUNDS, Device, Failure, rounds, time
 
 
@@ -150,3 +152,24 @@ def test_whatever_the_times_those_that_are_reached_get_theirs(
         fastest = min(contestants, key=lambda each: each.time_ms or 0.0)
         within = [t for t in times if t <= 4 * min(times)]
         assert rounds(fastest) == (ROUNDS if len(within) > 1 else 1)
+
+
+def test_a_candidate_that_cannot_be_built_keeps_nothing_of_its_callers(device: Device) -> None:
+    class Held:
+        pass
+
+    def build() -> None:
+        raise Failure("cannot be built")
+
+    def call() -> weakref.ref[Held]:
+        held = Held()
+        failing = Contestant(build, lambda built: None)
+        assert time([failing, device.contestant("a", 0.03)]) == [None, 0.03]
+        assert str(failing.error) == "cannot be built"
+        return weakref.ref(held)
+
+    gc.disable()  # of what refers to itself nothing goes without it
+    try:
+        assert call()() is None
+    finally:
+        gc.enable()

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import dgrad
+from dgrad import _autograd, _watch
 from dgrad._watch import note, observers, seen_by, watchers, watching
 
 UP, X = dgrad.ConvTranspose2d(2, 2, 2), torch.randn(1, 2, 3, 3)
@@ -202,3 +204,33 @@ dgrad.explain(lambda: list(pool.map(up, [x] * 8)))
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_gradients_that_nobody_watched_are_not_told_to_who_begins_while_they_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[object] = []
+
+    def long_way(*_: object) -> tuple[None, ...]:
+        watcher = object()
+        _watch._enter(watcher, lambda event: None)  # as another thread may meanwhile
+        told.extend(observers())
+        _watch._leave(watcher)
+        return (None,) * 4
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            recorded = SimpleNamespace(saved_tensors=(), made=None)
+            _autograd._Convolution.backward(recorded, *grads)
+            return grads[0]
+
+    monkeypatch.setattr(_autograd, "_long_way", long_way)
+    monkeypatch.setattr(_autograd, "plan_cache", SimpleNamespace(ready=None))
+    y = Backward.apply(torch.ones(1, requires_grad=True))  # type: ignore[no-untyped-call]
+    y.backward()
+    assert told == []

@@ -267,10 +267,8 @@ class _Convolution(Function):
             known = ready.backward(ctx, ctx.made, saved, grad)
             if known is not None:
                 return known
-        if not watchers:
-            return _long_way(ctx, saved, grad)
         by: Watchers = getattr(ctx, "watched_by", ())
-        with seen_by(by):
+        with seen_by(by):  # others may begin to watch meanwhile
             return _long_way(ctx, saved, grad)
 
 

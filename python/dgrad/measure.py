@@ -214,11 +214,10 @@ def _submit(pool: ThreadPoolExecutor, contestant: Contestant) -> Future[Any]:
 
 def _result(built: Future[Any], contestant: Contestant, errors: Errors) -> Any:
     """What was built; what failed is built again here, as its thread may be what was at fault."""
-    failures: Errors = (_NoThreadError, *errors)
-    try:
-        return built.result()
-    except failures:
+    # Asked for and not raised: a traceback would hold the callers' tensors, and be held by them.
+    if isinstance(built.exception(), (_NoThreadError, *errors)):
         return contestant.build()
+    return built.result()
 
 
 def _look_again(contestants: Sequence[Contestant], errors: Errors) -> None:
