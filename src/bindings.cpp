@@ -32,14 +32,20 @@ void* pointer(std::uintptr_t address) {
     return reinterpret_cast<void*>(address);  // NOLINT(performance-no-int-to-ptr)
 }
 
+py::object decoded(const std::string& text) {
+    return py::reinterpret_steal<py::object>(
+        PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace"));
+}
+
 // dgrad.exceptions maps a status to its class: the classes exist without this module too.
 void translate_cudnn_error(std::exception_ptr error) {
     try {
         if (error) std::rethrow_exception(error);
     } catch (const dgrad::CudnnError& failure) {
-        const py::object instance = py::module_::import("dgrad.exceptions")
-                                        .attr("cudnn_error")(failure.status(), failure.what(),
-                                                             failure.call(), failure.detail());
+        const py::object instance =
+            py::module_::import("dgrad.exceptions")
+                .attr("cudnn_error")(failure.status(), decoded(failure.what()), failure.call(),
+                                     decoded(failure.detail()));
         PyErr_SetObject(py::type::handle_of(instance).ptr(), instance.ptr());
     }
 }
@@ -86,10 +92,9 @@ void bind_problem(py::module_& m) {
         .def_readonly("bias", &Problem::bias)
         .def_readonly("alignment", &Problem::alignment)
         .def_readonly("device", &Problem::device)
-        .def("__eq__",
-             [](const Problem& self, const py::object& other) {
-                 return py::isinstance<Problem>(other) && self == other.cast<const Problem&>();
-             })
+        .def(
+            "__eq__", [](const Problem& self, const Problem& other) { return self == other; },
+            py::is_operator())
         .def("__hash__", &Problem::hash)
         .def("__str__", &Problem::text)
         .def("__repr__", [](const Problem& p) { return "<Problem " + p.text() + ">"; });

@@ -36,6 +36,8 @@ CudnnError::CudnnError(cudnnStatus_t status, std::string call, std::string detai
       call_(std::move(call)),
       detail_(std::move(detail)) {}
 
+void forget_last_error() { last_error_string(); }
+
 void check(cudnnStatus_t status, const char* expression) {
     if (status == CUDNN_STATUS_SUCCESS) return;
     const std::string text = expression;

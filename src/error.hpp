@@ -28,6 +28,9 @@ class CudnnError : public std::runtime_error {
     std::string detail_;
 };
 
+// cuDNN keeps a thread's last text until somebody reads it, and not every failing call has one.
+void forget_last_error();
+
 // `expression` is the source text of the call; only the function's name is kept of it.
 void check(cudnnStatus_t status, const char* expression);
 

@@ -29,6 +29,7 @@ class HandlePool {
             }
         }
         cudnnHandle_t handle = nullptr;
+        forget_last_error();
         DGRAD_CUDNN_CHECK(cudnnCreate(&handle));
         return handle;
     }

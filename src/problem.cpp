@@ -86,13 +86,20 @@ void Problem::check() const {
     require(x[0] == y[0], "y", join(y, "x"), "the batch size of x");
     require(alignment == 1 || alignment == 2 || alignment == 4 || alignment == 8 || alignment == 16,
             "alignment", std::to_string(alignment), "1, 2, 4, 8 or 16 bytes");
-    require(device >= 0 && device <= max_elements, "device", std::to_string(device), "0 or more");
+    require(device >= 0 && device <= max_elements, "device", std::to_string(device),
+            "0 or more, in 32 bits");
     require(!bias || direction == Direction::dgrad, "bias", "true",
             "false, as direction is not dgrad");
     require(!tf32 || dtype == DataType::float32, "tf32", "true", "false, as dtype is not float32");
     for (std::size_t i = 0; i < 2; ++i) {
-        // All factors fit in 32 bits, so nothing here overflows 64.
-        const std::int64_t span = x[i + 2] + 2 * padding[i] - dilation[i] * (w[i + 2] - 1) - 1;
+        // All factors fit in 32 bits, so nothing here overflows 64. cuDNN has 32 for the sums.
+        const std::int64_t padded = x[i + 2] + 2 * padding[i];
+        const std::int64_t kernel = dilation[i] * (w[i + 2] - 1) + 1;
+        require(padded <= max_elements, "padding", join(padding, "x"),
+                "fewer than 2^31 rows and columns of x with it");
+        require(kernel <= max_elements, "dilation", join(dilation, "x"),
+                "fewer than 2^31 rows and columns of w with it");
+        const std::int64_t span = padded - kernel;
         require(span >= 0 && span / stride[i] + 1 == y[i + 2], "y", join(y, "x"),
                 "the size of the convolution of x with w");
     }

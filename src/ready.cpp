@@ -69,6 +69,8 @@ bool ReadyCalls::may_run() const {
 py::tuple ReadyCalls::state(const py::tuple& own, const py::object& flags) const {
     const auto size = own.size(), count = process_.switches.size();
     py::tuple state(size + 2 + count);
+    // What is called meanwhile may let other code walk the collector's objects.
+    PyObject_GC_UnTrack(state.ptr());
     const auto set = [&state](std::size_t i, py::object value) {
         PyTuple_SET_ITEM(state.ptr(), static_cast<Py_ssize_t>(i), value.release().ptr());
     };
@@ -83,6 +85,7 @@ py::tuple ReadyCalls::state(const py::tuple& own, const py::object& flags) const
         set(size + 2 + i,
             stolen(PyObject_CallNoArgs(PyTuple_GET_ITEM(process_.switches.ptr(), place))));
     }
+    PyObject_GC_Track(state.ptr());
     return state;
 }
 
@@ -211,11 +214,11 @@ py::object ReadyCalls::backward(const py::object& context, const py::object& cal
 void ReadyCalls::put(const py::object& a, const py::object& b, const py::object& bias,
                      const py::tuple& state, const py::object& call) {
     if (!py::isinstance<ReadyCall>(call)) throw py::type_error("call is not a ReadyCall");
+    Entry entry{call, &call.cast<const ReadyCall&>()};
     ReadyKey key;
     if (!key.make(tensors_, a, b, bias, state)) return;
-    Entry& entry = entries_[std::move(key)];
     // Destroyed at the end, as what goes may call back.
-    const Entry old = std::exchange(entry, Entry{call, &call.cast<const ReadyCall&>()});
+    const Entry old = std::exchange(entries_[std::move(key)], std::move(entry));
 }
 
 void ReadyCalls::clear() {

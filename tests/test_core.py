@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import pickle
 import re
 import threading
@@ -138,6 +139,19 @@ def test_a_failing_call_can_be_made_again_and_leaks_nothing(operation: str | Non
     assert core.legacy_forward_output_size(made) == [2, 4, 5, 6]
 
 
+def test_the_text_of_another_ones_failure_is_no_reason_of_ours() -> None:
+    """cuDNN keeps it until it is read; PyTorch, for example, does not read it."""
+    assert core is not None
+    cudnn, descriptor = ctypes.CDLL(_loader.cudnn_path()), ctypes.c_void_p()
+    assert cudnn.cudnnCreateTensorDescriptor(ctypes.byref(descriptor)) == 0
+    assert cudnn.cudnnSetTensor4dDescriptor(descriptor, 0, 0, -1, 1, 1, 1) != 0
+    core.legacy_forward_output_size(problem())
+    text = ctypes.create_string_buffer(2048)
+    cudnn.cudnnGetLastErrorString(text, len(text))
+    assert text.value == b""
+    assert cudnn.cudnnDestroyTensorDescriptor(descriptor) == 0
+
+
 def test_an_unknown_algorithm_or_math_type_lists_the_known_ones() -> None:
     assert core is not None
     with pytest.raises(ValueError, match=r"algorithm is 'ALGO_9', expected one of ALGO_0, ALGO_1"):
@@ -160,8 +174,8 @@ def test_an_unknown_operation_lists_the_known_ones() -> None:
 WRONG_ENGINES = (
     "", "5", "eng", "ENG5", "eng 5", " eng5", "eng5 ", "eng+5", "eng5_", "eng5_k2", "eng5_k2=",
     "eng5_k=3", "eng5_k2=3=4", "eng5k2=3", "eng5_k2=3_", "eng5,k2=3", "eng5\0", "eng5+identity",
-    f"eng{2**63}", f"eng5_k{2**63}=0", f"eng5_k2={2**63}", "eng\u0665", "eng5_k3=0_k2=1",
-    "eng5_k2=0_k2=1",
+    f"eng{2**63}", f"eng5_k{2**63}=0", f"eng5_k{2**32 + 2}=7", f"eng5_k2={2**63}", "eng\u0665",
+    "eng5_k3=0_k2=1", "eng5_k2=0_k2=1",
 )  # fmt: skip
 
 

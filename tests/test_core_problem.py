@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import ANY, Mock
 
 import pytest
 import torch
@@ -54,6 +55,12 @@ def test_another_field_gives_another_key_and_another_text(changes: dict[str, Any
     for name, value in (BASE | changes).items():
         found = getattr(other, name)
         assert (tuple(found) if isinstance(found, list) else found) == value
+
+
+def test_a_problem_equals_no_other_kind_of_object() -> None:
+    assert problem() != str(problem())
+    assert problem() != Mock(spec=type(problem()))
+    assert problem() == ANY
 
 
 def test_the_changes_cover_every_field() -> None:
@@ -148,6 +155,9 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "alignment odd": ({"alignment": 3}, r"alignment is 3, expected 1, 2, 4, 8 or 16"),
     "alignment 32": ({"alignment": 32}, r"alignment is 32, expected 1, 2, 4, 8 or 16"),
     "device": ({"device": -1}, r"device is -1, expected 0 or more"),
+    "device over 32 bits": ({"device": 2**31}, r"device is 2147483648, expected .* 32 bits"),
+    "x with padding": ({"padding": (1, 2**30)}, r"padding is 1x1073741824, expected fewer"),
+    "w with dilation": ({"dilation": (1, LARGEST)}, r"dilation is 1x2147483647, expected fewer"),
 }
 
 
@@ -208,5 +218,9 @@ def test_more_elements_than_32_bits_count_are_refused(x: tuple[int, ...]) -> Non
 
 def test_the_largest_numbers_do_not_overflow_the_arithmetic() -> None:
     kernel = {"x": (1, 1, 1, 1), "w": (1, 1, LARGEST, 1), "y": (1, 1, 1, 1), "groups": 1}
-    with pytest.raises(ValueError, match=r"^y is 1x1x1x1, expected the size"):
+    with pytest.raises(ValueError, match=r"^padding is 2147483647x0, expected fewer than 2\^31"):
         problem(**kernel, dilation=(LARGEST, 1), padding=(LARGEST, 0), stride=(LARGEST, 1))
+    with pytest.raises(ValueError, match=r"^dilation is 2147483647x1, expected fewer than 2\^31"):
+        problem(**kernel, dilation=(LARGEST, 1), padding=(LARGEST // 2, 0), stride=(LARGEST, 1))
+    with pytest.raises(ValueError, match=r"^y is 1x1x1x1, expected the size"):
+        problem(**kernel, dilation=(1, 1), padding=(LARGEST // 2 - 1, 0), stride=(LARGEST, 1))

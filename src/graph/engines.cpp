@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <cstdint>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string_view>
@@ -65,6 +67,7 @@ Identity parse(const std::string& name) {
     identity.engine = take(text, "eng", name);
     while (!text.empty()) {
         const std::int64_t type = take(text, "_k", name);
+        if (type > std::numeric_limits<std::int32_t>::max()) refuse(name);
         identity.knobs.emplace_back(type, take(text, "=", name));
     }
     const auto not_before = [](const Knob& left, const Knob& right) {

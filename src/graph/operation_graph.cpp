@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "data_type.hpp"
+#include "error.hpp"
 #include "handle.hpp"
 #include "names.hpp"
 
@@ -44,6 +45,7 @@ class Builder {
     explicit Builder(const Problem& problem)
         : problem_(problem), handle_(handle_for(problem.device)) {
         parts_.reserve(16);  // references to parts stay good
+        forget_last_error();
     }
 
     const Descriptor& tensor(Uid uid, const Shape& shape) {

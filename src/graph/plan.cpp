@@ -105,6 +105,7 @@ class GraphPlan final : public Plan {
   private:
     explicit GraphPlan(std::int64_t device)
         : device_(device), plan_(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR) {
+        forget_last_error();
         plan_.set(CUDNN_ATTR_EXECUTION_PLAN_HANDLE, handle_for(device_));
     }
 

@@ -1,6 +1,7 @@
 #include "legacy/descriptors.hpp"
 
 #include "data_type.hpp"
+#include "error.hpp"
 
 namespace dgrad::legacy {
 namespace {
@@ -19,6 +20,7 @@ void set_tensor(const TensorDescriptor& descriptor, const Problem& problem, cons
 }  // namespace
 
 Descriptors::Descriptors(const Problem& problem, cudnnMathType_t math_type) {
+    forget_last_error();
     set_tensor(x, problem, problem.x);
     set_tensor(y, problem, problem.y);
     const cudnnTensorFormat_t format =
