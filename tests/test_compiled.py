@@ -191,3 +191,12 @@ def test_a_layer_compiled_without_tangents_gives_them_later(
                 torch.testing.assert_close(found.tangent, 2 * linear)
     if torch.__version__ >= "2.7":
         assert RUNS + "forward-mode AD is at work" in caplog.messages
+
+
+@compiles
+def test_whether_dgrad_can_run_is_asked_while_code_is_compiled() -> None:
+    def double(x: Tensor) -> Tensor:
+        return x * 2 if dgrad.is_available() or not dgrad.unavailable_reason() else x * 3
+
+    x = torch.ones(2)
+    torch.testing.assert_close(torch.compile(double, backend="eager", fullgraph=True)(x), double(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -313,3 +314,18 @@ def test_flags_that_name_a_provider_can_be_taken_over_by_others() -> None:
         assert config.policy().wanted("fprop") == ()
         assert config.commands("wgrad")
         assert not config.commands("fprop")
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.serialization, "safe_globals"), reason="PyTorch 2.4 has no such block"
+)
+@pytest.mark.parametrize(
+    "flags",
+    [dgrad.Flags(), dgrad.Flags(algorithm={"dgrad": "legacy"}, workspace_limit="1MiB")],
+)
+def test_flags_in_a_checkpoint_need_no_other_permission_than_their_own(flags: dgrad.Flags) -> None:
+    file = io.BytesIO()
+    torch.save({"flags": flags}, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([dgrad.Flags]):
+        assert torch.load(file, weights_only=True) == {"flags": flags}

@@ -145,6 +145,52 @@ def test_a_symbolic_trace_keeps_a_layer_that_is_asked_for_a_size() -> None:
     torch.testing.assert_close(traced(*given), wanted)
 
 
+class Shifted(dgrad.ConvTranspose2d):
+    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
+        return super().forward(input * 2, output_size) + 1
+
+
+def hooked(layer: dgrad.ConvTranspose2d) -> dgrad.ConvTranspose2d:
+    layer.register_forward_hook(lambda module, given, output: output * 2)
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda *a: hooked(dgrad.ConvTranspose2d(*a)), Shifted])
+def test_a_symbolic_trace_runs_no_hook_and_no_subclass_twice(
+    make: Callable[..., nn.Module],
+) -> None:
+    class Net(nn.Module):
+        def __init__(self, size: tuple[int, int] | None) -> None:
+            super().__init__()
+            self.up, self.size = make(3, 2, 3, 2), size
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x, output_size=self.size)  # type: ignore[no-any-return]
+
+    x = torch.randn(1, 3, 4, 5)
+    model = Net(None)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    with pytest.raises((torch.fx.proxy.TraceError, TypeError)):  # as of PyTorch's own subclass
+        torch.fx.symbolic_trace(Net((9, 11)))
+
+
+def test_a_bias_alone_that_torch_fx_traces_gives_one_call() -> None:
+    x, w = torch.randn(1, 3, 4, 5), torch.randn(3, 2, 3, 3)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x, self.w = x, w
+
+        def forward(self, bias: Tensor) -> Tensor:
+            return dgrad.conv_transpose2d(self.x, self.w, bias)
+
+    traced = torch.fx.symbolic_trace(Net())
+    assert len([node for node in traced.graph.nodes if node.op.startswith("call")]) == 1
+    bias = torch.randn(2)
+    torch.testing.assert_close(traced(bias), nn.functional.conv_transpose2d(x, w, bias))
+
+
 @on_each_device
 def test_a_graph_of_proxy_tensors_is_of_pytorchs_operators(
     device: str, caplog: pytest.LogCaptureFixture

@@ -47,11 +47,10 @@ def test_a_sparse_tensor_raises_pytorchs_class(
     assert_a_good_call_works()
 
 
-# On the CPU and the meta device PyTorch lets these pass; on a CUDA device it refuses them, and
-# dgrad does so everywhere.
+# On the CPU PyTorch lets these pass, as if there were values; on a CUDA device it refuses them, and
+# dgrad does so on both.
 MIXED: dict[str, tuple[Any, list[str]]] = {
     "weight on another device": (call(X, W.to("meta")), ["weight", "meta", "expected cpu"]),
-    "input on another device": (call(X.to("meta")), ["weight", "cpu", "expected meta"]),
     "bias on another device": (call(X, W, BIAS.to("meta")), ["bias", "meta", "expected cpu"]),
 }  # fmt: skip
 
@@ -107,3 +106,12 @@ def test_values_that_are_not_finite_flow_through_as_in_pytorch(place: str, value
     found = dgrad.conv_transpose2d(**tensors, stride=2, output_padding=1)
     assert not expected.isfinite().all()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_meta_input_gives_the_shape_whatever_holds_the_weight() -> None:
+    """As for PyTorch's convolutions; a weight without values is no use to a real input."""
+    layer = dgrad.ConvTranspose2d(4, 6, 3, stride=2, padding=1)
+    output = layer(torch.randn(2, 4, 5, 6, device="meta"))
+    assert (output.device.type, output.shape) == ("meta", (2, 6, 9, 11))
+    with pytest.raises(RuntimeError, match="weight is on meta, expected cpu"):
+        layer.to("meta")(torch.randn(2, 4, 5, 6))

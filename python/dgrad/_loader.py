@@ -127,6 +127,11 @@ def is_available() -> bool:
     return unavailable_reason() is None
 
 
+# torch.compile asks both while it traces.
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def cudnn_path() -> str | None:
     """The file that cuDNN was loaded from, or None."""
     return next(iter(_mapped_libraries()), None)

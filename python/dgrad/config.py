@@ -73,7 +73,7 @@ class Flags:
         object.__setattr__(self, "_text", quote(json.dumps(own)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Flags, **self._set()), ()
+        return Flags, tuple(getattr(self, entry.name) for entry in fields(self))
 
     def _set(self) -> dict[str, Any]:
         """The flags that are not None."""

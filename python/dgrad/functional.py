@@ -74,7 +74,8 @@ def conv_transpose2d(
     Returns:
         Tensor of shape (N, C_out, H_out, W_out) or (C_out, H_out, W_out) with
         ``H_out = (H - 1) * stride - 2 * padding + dilation * (kH - 1) + output_padding + 1``
-        (formula of :class:`torch.nn.ConvTranspose2d`), in channels_last if input or weight is.
+        (formula of :class:`torch.nn.ConvTranspose2d`), with PyTorch's strides: in channels_last if
+        input or weight is, but on CUDA for float64 and for output_padding of stride or more.
 
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: as PyTorch for bad arguments.
@@ -173,7 +174,8 @@ def _key(
 ) -> tuple[object, ...] | None:
     """All that the preparation reads; None for arguments that have no such properties."""
     plain = _fallback.PLAIN_TYPES
-    if type(input) not in plain or type(weight) not in plain:
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if not all(type(tensor) in plain for tensor in tensors):
         return None  # what stands for a tensor may write down what it is asked, as torch.fx's does
     try:
         return (

@@ -110,8 +110,13 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
 def _recorded(layer: ConvTranspose2d, input: object, output_size: object) -> Any:
     """The call of a layer in a graph of torch.fx, where PyTorch's layer stands as a whole too.
 
-    None where torch.fx is not at work, or traces the layer itself.
+    None where torch.fx is not at work, or traces the layer itself; and where hooks or a subclass's
+    forward are in the graph already, as a whole layer would run them again.
     """
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    if type(layer).forward is not ConvTranspose2d.forward:
+        return None
     sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size,)
     for value in (input, *sizes):
         if isinstance(value, torch.fx.Proxy) and isinstance(value.tracer, torch.fx.Tracer):
