@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import dgrad
-from dgrad import _runner
+from dgrad import _measuring, _runner, config, store
 from dgrad._runner import Runner
 from dgrad.exceptions import TorchOutOfMemoryError, cudnn_error
 from fake_cudnn import (
@@ -21,6 +21,7 @@ from fake_cudnn import (
     W,
     X,
     Y,
+    fake_times,
     names,
     refused,
     run,
@@ -166,3 +167,42 @@ def test_what_the_flags_forbid_is_not_out_of_memory(start: Start) -> None:
     run()
     assert names(core) == ["ALGO_0"]
     refused(algorithm="legacy:WINOGRAD")
+
+
+def test_an_interrupted_measuring_after_a_capture_is_taken_up_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(FakeResult("ALGO_1"), FakeResult("GEMM"))
+    measured = fake_times(core, monkeypatch, {"ALGO_1": 5.0, "GEMM": 0.5})
+    measure, cuda = _measuring.measure, vars(_runner)["torch"].cuda
+    runner = Runner(FakeProblem(), config.policy(dgrad.Flags(selection="measure")))
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "is_current_stream_capturing", lambda: True)
+        runner.run(X, W, Y)
+    with monkeypatch.context() as patch:
+        patch.setattr(_measuring, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(X, W, Y)
+    assert (_measuring.measure, measured) == (measure, [])
+    runner.run(X, W, Y)
+    assert len(measured) == 1
+    assert names(core)[-1] == "GEMM"
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_times_are_stored_before_the_memory_of_measuring_is_given_back(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one waits for the device, and may be interrupted."""
+    core, written = start(FakeResult("ALGO_1"), FakeResult("GEMM")), []
+    fake_times(core, monkeypatch, {"ALGO_1": 5.0, "GEMM": 0.5})
+    monkeypatch.setattr(store, "write", lambda problem, candidates: written.append(problem))
+    monkeypatch.setattr(_measuring.Check, "drop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(selection="measure")
+    assert len(written) == 1
+    run(selection="measure")
+    assert names(core)[-1] == "GEMM"

@@ -185,11 +185,13 @@ def unrecorded(
     if (unsuited(a) or unusable(torch._C._get_cudnn_enabled())) is not None:
         return convolution(direction, a, b, geometry, size, flags, None, bias)
     check_operands(direction, a, b, bias, geometry.groups)
-    call = call_for(direction, a, b, geometry, size, flags, bias)
+    cleared, deciding = plan_cache.cleared, config.deciding(direction, flags)
+    call = call_for(direction, a, b, geometry, size, flags, bias, deciding)
     result = convolution(direction, a, b, geometry, size, flags, call, bias)
-    # Unless a switch was turned meanwhile, by another thread.
+    # Unless another thread turned a switch meanwhile, or turned one there and back.
     unchanged = state == (direction, size, *geometry, *config.switches(flags))
-    if unchanged and config.current() is held:
+    unchanged = unchanged and deciding == config.deciding(direction, flags)
+    if unchanged and config.current() is held and cleared == plan_cache.cleared:
         ready = call.ready(lambda: ((held, flags), None))
         if ready is not None:
             plan_cache.keep_ready(a, b, bias, state, ready)

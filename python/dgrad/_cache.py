@@ -15,7 +15,7 @@ class BoundedCache(Generic[K, V]):
 
     def __init__(self, max_size: int) -> None:
         self._entries: OrderedDict[K, V] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come in between
         self._max_size = max_size
         self._hits = 0
         self.misses = 0

@@ -253,9 +253,10 @@ def call_for(
     size: Pair,
     flags: Flags | None = None,
     bias: Tensor | None = None,
+    deciding: Deciding | None = None,
 ) -> Call:
     """The cached call for these tensors under the flags in force, made if there is none."""
-    deciding = config.deciding(direction, flags)
+    deciding = deciding or config.deciding(direction, flags)
     key = (
         direction,
         a.shape,

@@ -92,7 +92,7 @@ class Knowledge:
         self.measuring = threading.Lock()  # so that one thread measures
         self._candidates: list[Candidate] | None = candidates
         self._packed = b""  # the same in few bytes, or empty where they have changed
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come in between
 
     @property
     def candidates(self) -> list[Candidate]:

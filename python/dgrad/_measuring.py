@@ -91,14 +91,14 @@ class Measuring:
         budget_s = policy.measure_budget if policy.selection == "measure" else None
         measure([enter(index) for index in indices], budget_s, FAILURES, late)
         self._learn(contestants)
-        check.drop()
-        if torch.cuda.memory_reserved(self._device) > reserved:
-            # The allocator would keep the workspaces of all that were tried.
-            torch.cuda.empty_cache()
         knowledge.source = "measured"
         candidates = knowledge.candidates
         if any(candidate.time_ms is not None for candidate in candidates):
             store.write(problem, candidates)
+        check.drop()
+        if torch.cuda.memory_reserved(self._device) > reserved:
+            # The allocator would keep the workspaces of all that were tried.
+            torch.cuda.empty_cache()
 
     def _run_earlier(self, begin: int, check: Check) -> None:
         """Give the check the first candidate's result, where that one is not timed this time."""

@@ -187,7 +187,10 @@ class Runner:
         self._provisional = bool(missing) and capturing
         if self._provisional and self._plan is not None:
             return True
-        timed = self._complete(tensors) if missing and not capturing else {}
+        timed: dict[int, Plan] = {}
+        if missing and not capturing:
+            self._plan = None  # a capture's choice does not outlive an interrupt of this
+            timed = self._complete(tensors)
         failed, outdated = None, False
         for index in preference(knowledge.candidates, problem.direction, policy):
             try:
@@ -205,9 +208,15 @@ class Runner:
             candidate = knowledge.candidates[index]
             if objection(candidate, problem.direction, policy) is not None:
                 continue  # the plan knows a larger workspace than the heuristic did
-            self._index, self._plan, self._bias = index, plan, candidate.bias
-            self._restored, self._label = restored, f"dgrad::{problem.direction} {candidate}"
-            self.use = None
+            # An interrupt finds all of one choice: what may call Python comes first.
+            label = f"dgrad::{problem.direction} {candidate}"
+            self.use, self._index, self._bias, self._restored = (
+                None,
+                index,
+                candidate.bias,
+                restored,
+            )
+            self._label, self._plan = label, plan
             if self._provisional:
                 log.captured(problem)
             if outdated:  # so that no other process tries what is not to be had any more

@@ -28,7 +28,7 @@ __all__ = ["Event", "Watchers", "note", "observers", "profiling", "seen_by", "wa
 
 _CARRIED = "_dgrad_watchers"  # what a thread got from the one that started it
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may come in between
 _own = threading.local()  # its .held: who watches what a thread runs now
 _start = threading.Thread.start
 _replaced = False  # whether it is called by _start_watched now

@@ -119,7 +119,7 @@ def conv_transpose2d(
         return conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation, flags=flags
         )
-    deciding = config.deciding("dgrad", flags)
+    cleared, deciding = plan_cache.cleared, config.deciding("dgrad", flags)
     key = _key(input, weight, bias, geometry, output_padding, deciding)
     prepared = None if key is None else plan_cache.get(key)
     if prepared is None:
@@ -142,9 +142,12 @@ def conv_transpose2d(
         )
     x, weight = enter(input, weight, prepared.appended)
     output = convolution("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, bias)
-    # Unless a switch was turned meanwhile, by another thread.
+    if state is None or x is not input or cleared != plan_cache.cleared:
+        return output if input.dim() == 4 else output.squeeze(0)
+    # Unless another thread turned a switch meanwhile, or turned one there and back.
     unchanged = state == (*own, *config.switches(flags))
-    if state is not None and unchanged and config.current() is held and x is input:
+    unchanged = unchanged and deciding == config.deciding("dgrad", flags)
+    if unchanged and config.current() is held:
         made = partial(
             ready_recipe, x, weight, output, geometry, prepared.size, flags, prepared.call, held
         )

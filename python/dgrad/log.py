@@ -30,7 +30,7 @@ logger.addHandler(logging.NullHandler())
 
 _warned: dict[str, object] = {}  # what has been warned of
 _told: OrderedDict[str, None] = OrderedDict()  # kinds of reasons, the last told of at the end
-_telling = threading.Lock()
+_telling = threading.RLock()
 _MOST_TOLD = 1024
 _NUMBER = re.compile(r"(?<!\w)\d[\dx.]*")  # also a shape; no part of a name, as in float16
 
@@ -51,7 +51,7 @@ class _Stderr(logging.Handler):
             self.handleError(record)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _followed = ""  # DGRAD_LOG as it was at the last record
 _handler: logging.Handler | None = None  # what it added to the logger
 _levels = (logging.NOTSET, logging.NOTSET)  # of the logger: before it, and what it made of it

@@ -38,6 +38,7 @@ class PlanCache(BoundedCache[Any, Any]):
         # The calls that native code knows whole; None until there is one.
         self.ready: ReadyCalls | None = None
         self._ready_hits = 0  # when native code was last asked what it ran
+        self.cleared = 0  # how often: what was begun before is not kept afterwards
 
     @property
     def hits(self) -> int:
@@ -78,6 +79,7 @@ class PlanCache(BoundedCache[Any, Any]):
 
     def clear(self) -> None:
         """Forget all plans and all that was learned of their problems; the store stays."""
+        self.cleared += 1
         super().clear()
         if self.ready is not None:
             self.ready.clear()
