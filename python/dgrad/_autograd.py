@@ -188,10 +188,12 @@ def unrecorded(
     cleared, deciding = plan_cache.cleared, config.deciding(direction, flags)
     call = call_for(direction, a, b, geometry, size, flags, bias, deciding)
     result = convolution(direction, a, b, geometry, size, flags, call, bias)
-    # Unless another thread turned a switch meanwhile, or turned one there and back.
-    unchanged = state == (direction, size, *geometry, *config.switches(flags))
-    unchanged = unchanged and deciding == config.deciding(direction, flags)
-    if unchanged and config.current() is held and cleared == plan_cache.cleared:
+    if (  # unless another thread turned a switch meanwhile, or turned one there and back
+        cleared == plan_cache.cleared
+        and config.current() is held
+        and state == (direction, size, *geometry, *config.switches(flags))
+        and deciding == config.deciding(direction, flags)
+    ):
         ready = call.ready(lambda: ((held, flags), None))
         if ready is not None:
             plan_cache.keep_ready(a, b, bias, state, ready)

@@ -210,13 +210,8 @@ class Runner:
                 continue  # the plan knows a larger workspace than the heuristic did
             # An interrupt finds all of one choice: what may call Python comes first.
             label = f"dgrad::{problem.direction} {candidate}"
-            self.use, self._index, self._bias, self._restored = (
-                None,
-                index,
-                candidate.bias,
-                restored,
-            )
-            self._label, self._plan = label, plan
+            self.use, self._label, self._restored = None, label, restored
+            self._index, self._bias, self._plan = index, candidate.bias, plan
             if self._provisional:
                 log.captured(problem)
             if outdated:  # so that no other process tries what is not to be had any more

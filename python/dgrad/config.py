@@ -73,6 +73,7 @@ class Flags:
         object.__setattr__(self, "_text", quote(json.dumps(own)))
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # By place, so a new flag is the last: torch.load(weights_only=True) takes no other call.
         return Flags, tuple(getattr(self, entry.name) for entry in fields(self))
 
     def _set(self) -> dict[str, Any]:

@@ -142,12 +142,14 @@ def conv_transpose2d(
         )
     x, weight = enter(input, weight, prepared.appended)
     output = convolution("dgrad", x, weight, geometry, prepared.size, flags, prepared.call, bias)
-    if state is None or x is not input or cleared != plan_cache.cleared:
-        return output if input.dim() == 4 else output.squeeze(0)
-    # Unless another thread turned a switch meanwhile, or turned one there and back.
-    unchanged = state == (*own, *config.switches(flags))
-    unchanged = unchanged and deciding == config.deciding("dgrad", flags)
-    if unchanged and config.current() is held:
+    if (  # unless another thread turned a switch meanwhile, or turned one there and back
+        state is not None
+        and x is input
+        and cleared == plan_cache.cleared
+        and config.current() is held
+        and state == (*own, *config.switches(flags))
+        and deciding == config.deciding("dgrad", flags)
+    ):
         made = partial(
             ready_recipe, x, weight, output, geometry, prepared.size, flags, prepared.call, held
         )
@@ -177,8 +179,11 @@ def _key(
 ) -> tuple[object, ...] | None:
     """All that the preparation reads; None for arguments that have no such properties."""
     plain = _fallback.PLAIN_TYPES
-    tensors = (input, weight) if bias is None else (input, weight, bias)
-    if not all(type(tensor) in plain for tensor in tensors):
+    if (
+        type(input) not in plain
+        or type(weight) not in plain
+        or (bias is not None and type(bias) not in plain)
+    ):
         return None  # what stands for a tensor may write down what it is asked, as torch.fx's does
     try:
         return (

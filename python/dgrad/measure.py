@@ -138,12 +138,12 @@ def measure(
     """Time the contestants, in rounds of shuffled order, until each has its samples.
 
     Runs lie back to back between two events, so that the host's share counts where it is what
-    limits. Of short runs those that are close get their time on the device too, in and out of its
-    cache. A contestant that raises one of ``errors`` keeps the error and leaves; after each round
-    those leave that are far behind. When ``budget_s`` seconds are spent no further one is begun:
-    those not reached stay without a time. Of long runs, those that were only built by then are not
-    reached either. ``late`` is asked, when all have their times, for more to join the best. The
-    current stream alone is waited for.
+    limits. Of short runs, and where the host limits, those that are close get their time on the
+    device too, in and out of its cache. A contestant that raises one of ``errors`` keeps the error
+    and leaves; after each round those leave that are far behind. When ``budget_s`` seconds are
+    spent no further one is begun: those not reached stay without a time. Of long runs, those that
+    were only built by then are not reached either. ``late`` is asked, when all have their times,
+    for more to join the best. The current stream alone is waited for.
     """
     begin = time.perf_counter()
     # Its own generator: the program's random numbers stay as they are.
