@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dgrad
-from dgrad._candidates import gather, make_plan, pass_operation
+from dgrad._candidates import gather, imprecision, make_plan, pass_operation
 from dgrad.exceptions import cudnn_error
 from dgrad.selection import Candidate
 from fake_cudnn import REFUSED, STRICT, STRICT_BIASED, FakeEngine, FakeProblem, FakeResult, Start
@@ -264,3 +264,11 @@ def test_an_engine_that_cudnn_does_not_know_has_no_plan(start: Start) -> None:
     ):
         with pytest.raises(ValueError, match="expected a name such as"):
             make_plan(STRICT_BIASED, candidate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("direction", ["dgrad", "fprop", "wgrad"])
+def test_algo_0_adds_up_in_the_half_type_but_not_in_fprop(direction: str, dtype: str) -> None:
+    of: Any = FakeProblem(direction, dtype)
+    reason = imprecision(of, "ALGO_0", "TENSOR_OP_MATH")
+    assert reason == (None if direction == "fprop" else f"it adds up in {dtype}, not in float32")

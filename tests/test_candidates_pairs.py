@@ -47,6 +47,11 @@ def test_where_there_is_nothing_new_to_try_nothing_is_named(candidates: list[Can
     assert with_best_pass(candidates) is None
 
 
+def test_where_pytorchs_addition_was_never_timed_there_may_be_nothing_to_pair() -> None:
+    passes = [timed("eng1", "eng50", 2.0), timed("eng1", "eng51", 1.0)]
+    assert with_best_pass([timed("eng1", "add", None, skipped=True), *passes]) is None
+
+
 def test_what_turned_out_not_to_run_is_not_paired() -> None:
     candidates = [
         timed("eng1", "add", 3.0),

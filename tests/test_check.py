@@ -154,8 +154,8 @@ def test_without_memory_for_a_copy_nothing_is_checked(monkeypatch: pytest.Monkey
             patch.setattr(owner, name, full)
             check()
             check()
-        result.zero_()
         check()  # another result in the first one's place would be no measure
+        result.zero_()
         check()
 
 
@@ -205,6 +205,23 @@ def test_a_wrong_engine_does_not_run_though_it_is_the_fastest(
     reasons = [candidate.rejected for candidate in selection.candidates]
     assert reasons[:2] == [None, None]
     assert str(reasons[2]).startswith("its result is not that of the first candidate")
+
+
+def test_an_engine_that_leaves_its_result_unwritten_does_not_run(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(convolution=[FakeEngine("eng1"), FakeEngine("eng2")])
+    fake_times(core, monkeypatch, {"convolution:eng1": 2.0, "convolution:eng2": 1.0})
+    x, right = X.clone(), torch.randn_like(X)
+
+    def on_run(name: str, x_address: int, bias: int) -> None:
+        if name == "convolution:eng1":
+            x.copy_(right)  # and the other one finds it there
+
+    core.on_run = on_run
+    policy = config.policy(dgrad.Flags(selection="measure"))
+    Runner(FakeProblem(), policy).run(x, W, Y)  # type: ignore[arg-type]
+    assert names(core) == ["convolution:eng1"]
 
 
 def test_what_is_timed_later_is_held_against_the_first_candidate_too(

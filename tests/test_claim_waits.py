@@ -115,3 +115,25 @@ def test_a_folder_of_another_user_holds_no_claim(
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with store.claim(real_problem()):
         assert [*folder.iterdir()] == []
+
+
+def test_a_claim_whose_file_cannot_be_removed_ends_without_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    for _ in range(2):
+        with store.claim(real_problem()):
+            assert waited_s(real_problem(4)) < SHORT_S
+    assert waited_s() < SHORT_S
+
+
+def test_neither_a_claim_nor_a_wait_leaves_a_file_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_claim, "WAIT_S", SHORT_S)
+    with held_elsewhere():
+        before = os.listdir("/proc/self/fd")
+        waited_s()
+        waited_s(real_problem(4))
+        assert os.listdir("/proc/self/fd") == before

@@ -31,6 +31,15 @@ def test_an_exception_restores_the_flags_and_goes_on() -> None:
     assert config.current() == DEFAULTS
 
 
+def test_what_is_set_inside_a_block_holds_until_the_end_of_the_innermost() -> None:
+    with dgrad.flags(deterministic=True):
+        with dgrad.flags(fallback="error"):
+            dgrad.set_flags(workspace_limit=7, fallback="pytorch")
+            inside = config.Flags(workspace_limit=7, deterministic=True, fallback="pytorch")
+            assert config.current() == inside
+        assert config.current() == config.Flags(deterministic=True)
+
+
 def test_a_block_restores_what_set_flags_changed_inside() -> None:
     dgrad.set_flags(workspace_limit=1)
     with dgrad.flags(deterministic=True):

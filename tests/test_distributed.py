@@ -79,8 +79,6 @@ for step in range(4):
 probe = torch.ones(2, 4, 5, 5, dtype=torch.float64, device=place)
 torch.testing.assert_close(parallel(probe), single(probe))
 assert device == "cpu" or dgrad.selections(), "dgrad ran nothing"
-dist.barrier()  # gloo may abort a rank whose peer is gone while it still receives
-dist.destroy_process_group()
 """
 
 
@@ -109,14 +107,21 @@ if dist.get_rank():
 dist.barrier()
 sources = {size: select(real_problem(size)).source for size in sizes}
 (folder / f"{dist.get_rank()}.json").write_text(json.dumps(sources))
+"""
+
+# gloo may abort a rank whose peer is gone while it still receives. A thread of gloo may free a
+# tensor later, which takes the interpreter's lock: that aborts a process whose interpreter ends.
+END = """
+import os
 dist.barrier()
 dist.destroy_process_group()
+os._exit(0)
 """
 
 
 def run_ranks(tmp_path: Path, code: str, *arguments: str) -> None:
     script = tmp_path / "ranks.py"
-    script.write_text(code)
+    script.write_text(code + END)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, *command, str(script), *arguments],

@@ -218,3 +218,10 @@ def test_a_step_of_training_is_left_with_its_own_backward_pass(
     dgrad.warm_up(step, X)
     assert directions == ["dgrad", "wgrad"]
     assert log._warned == {}
+
+
+def test_gradients_are_taken_for_what_lies_deep_in_a_function(directions: list[str]) -> None:
+    up: Any = Up(WRAPS["tensor"])
+    dgrad.warm_up(lambda x: up(x).relu().square(), X)
+    assert directions == ["dgrad", "wgrad"]
+    assert log._warned == {}

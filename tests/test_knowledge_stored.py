@@ -12,13 +12,14 @@ import pytest
 
 import dgrad
 from dgrad import _knowledge, config
-from dgrad._knowledge import knowledge_of
+from dgrad._knowledge import Knowledge, knowledge_of
 from dgrad._runner import Runner
 from dgrad._watch import watching
 from dgrad.exceptions import cudnn_error
 from dgrad.selection import Candidate
 from fake_cudnn import (
     BIAS,
+    STRICT,
     FakeEngine,
     FakeProblem,
     FakeResult,
@@ -288,3 +289,15 @@ def test_only_what_fails_with_tf32_fails_without_it_too(start: Start) -> None:
         one.update(1, rejected="no room", out_of_memory=True)
         other.refresh()
         assert [c.rejected for c in other.candidates] == [lent, None]
+
+
+def test_what_was_read_from_the_store_stays_in_doubt_when_the_other_precision_lends(
+    start: Start, folder: Path
+) -> None:
+    start(FakeResult("ALGO_1", "FMA_MATH"), FakeResult("ALGO_0", "FMA_MATH"))
+    knowledge_of(FakeProblem(tf32=True))  # type: ignore[arg-type]
+    listed = Candidate("legacy", "ALGO_1", "FMA_MATH", True, 0, 1.0)
+    withheld = Knowledge(STRICT, [listed], "stored")  # type: ignore[arg-type]
+    withheld.refresh()
+    assert withheld.ask_again()
+    assert [c.algorithm for c in withheld.candidates] == ["ALGO_1", "ALGO_0"]

@@ -53,6 +53,18 @@ def test_the_file_is_for_its_user_alone(file: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_record_after_one_that_another_process_left_unfinished_begins_on_a_new_line(
+    file: Path,
+) -> None:
+    file.write_text('{"format":3,"time":"20')
+    before = os.listdir("/proc/self/fd")
+    _select("measured")
+    _select("stored")
+    _, *whole = file.read_text().splitlines()
+    assert _sources(whole) == ["measured", "stored"]
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_what_one_write_leaves_over_the_next_one_writes(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,3 +294,24 @@ def test_each_kind_of_warning_is_told_once(caplog: pytest.LogCaptureFixture, fil
         log.warn_of_first("entry %s is spoiled", number)
     assert _warnings(caplog)[1] == "entry 0 is spoiled; this is told of the first one only"
     assert len(_warnings(caplog)) == 2
+
+
+FIRST: dict[str, Callable[[], None]] = {
+    "selected": lambda: _select(),
+    "rejected": lambda: log.rejected("a problem", selection(problem()).candidate),
+    "not measured": lambda: log.not_measured("a problem", ValueError("why")),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_record_of_a_process_follows_the_variable(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert logging.getLogger("dgrad").level == logging.NOTSET
+    monkeypatch.setenv("DGRAD_LOG", "debug")
+    try:
+        FIRST[name]()
+        assert capsys.readouterr().err.startswith(f"[dgrad] {name}")
+    finally:
+        monkeypatch.delenv("DGRAD_LOG")
+        log._configure()

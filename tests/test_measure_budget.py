@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from time import sleep
 from typing import Any
 
 import pytest
@@ -35,6 +36,21 @@ def test_without_a_budget_all_are_reached(device: Device) -> None:
 def test_a_budget_of_nothing_times_at_most_one(device: Device) -> None:
     contestants = [device.contestant("a", 1.0), device.contestant("b", 1.0)]
     assert time(contestants, budget_s=0.0) == [1.0, None]
+
+
+def test_a_budget_that_ends_before_the_first_is_built_times_that_one(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_PATIENCE_S", 0.001)
+    first, second = device.contestant("a", 10.0), device.contestant("b", 10.0)
+
+    def build() -> str:
+        device.now_ms = device.host_now_ms = 1000.0
+        sleep(0.1)  # meanwhile the caller looks at the budget
+        return "plan of a"
+
+    first.build = build
+    assert time([first, second], budget_s=0.3) == [10.0, None]
 
 
 def test_a_budget_that_ends_in_the_rounds_keeps_what_was_sampled(device: Device) -> None:

@@ -14,6 +14,7 @@ from fake_cudnn import (
     HEURISTIC,
     MIB,
     REFUSED,
+    THREE,
     FakeEngine,
     FakeProblem,
     FakeResult,
@@ -206,3 +207,18 @@ def test_times_are_stored_before_the_memory_of_measuring_is_given_back(
     assert len(written) == 1
     run(selection="measure")
     assert names(core)[-1] == "GEMM"
+
+
+def test_where_the_first_candidate_fails_the_second_time_the_next_one_is_the_measure(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(*THREE)
+    times: dict[str, float | None] = {"ALGO_1": 2.0, "ALGO_0": 3.0, "GEMM": None}
+    fake_times(core, monkeypatch, times)
+    run(selection="measure")
+    core.failing["ALGO_1"] = REFUSED
+    times["GEMM"] = 1.0
+    run(selection="exhaustive")
+    assert names(core) == ["ALGO_1", "ALGO_0", "GEMM"]
+    rejected = [c.rejected for c in dgrad.selections()[-1][0].candidates]
+    assert rejected == ["cudnnFinalize returned 3000: the why", None, None]

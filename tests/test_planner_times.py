@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import dgrad
-from dgrad import config
+from dgrad import _measuring, config
 from dgrad.planner import preference
 from dgrad.selection import ADD, Candidate, Selection
 from fake_cudnn import (
@@ -208,3 +208,18 @@ def test_one_usable_candidate_is_not_timed(start: Start, monkeypatch: pytest.Mon
     run(selection="exhaustive")
     assert measured == []
     assert dgrad.selections()[0][0].source == "heuristic"
+
+
+@pytest.mark.parametrize(("how", "expected"), [("measure", 1.5), ("exhaustive", None)])
+def test_measure_has_the_budget_of_its_flag_and_exhaustive_has_none(
+    start: Start, monkeypatch: pytest.MonkeyPatch, how: str, expected: float | None
+) -> None:
+    start(*THREE)
+    budgets: list[float | None] = []
+
+    def measure(contestants: object, budget_s: float | None, *_: object) -> None:
+        budgets.append(budget_s)
+
+    monkeypatch.setattr(_measuring, "measure", measure)
+    run(selection=how, measure_budget=1.5)
+    assert budgets == [expected]

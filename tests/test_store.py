@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dgrad import _candidates, _folders, _loader, _stored, store
-from dgrad.exceptions import cudnn_error
+from dgrad.exceptions import NOT_ASKED, cudnn_error
 from fake_device import pretend_name
 from stored import (
     CANDIDATES,
@@ -39,6 +39,13 @@ def test_candidates_come_back_as_they_were(store_root: Path) -> None:
     assert store.read(make_problem()) is None
     store.write(make_problem(), CANDIDATES)
     assert store.read(make_problem()) == CANDIDATES
+
+
+def test_no_file_stays_open(store_root: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    store.write(make_problem(), CANDIDATES)
+    store.read(make_problem())
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_candidates_of_a_biased_problem_come_back_as_they_were(
@@ -331,3 +338,13 @@ def test_another_gpu_and_another_cudnn_are_kept_apart(monkeypatch: pytest.Monkey
         store.write(make_problem(), [replace(CANDIDATES[0], time_ms=1.0 + number)])
     assert [entry["folder"] for entry in store.list()] == sorted([HERE, OTHER_GPU, OTHER_CUDNN])
     assert store.read(make_problem()) == [replace(CANDIDATES[0], time_ms=3.0)]
+
+
+def test_what_was_found_while_cudnn_could_not_be_asked_is_not_remembered(
+    store_root: Path, warnings_of_store: Callable[[], list[str]]
+) -> None:
+    reason = f"{NOT_ASKED}cudnnGet returned 5000"
+    unasked = replace(CANDIDATES[0], time_ms=None, device_ms=None, rejected=reason)
+    store.write(make_problem(), [unasked, *CANDIDATES[4:]])
+    assert store.read(make_problem()) is None
+    assert warnings_of_store() == []

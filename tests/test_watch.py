@@ -37,6 +37,14 @@ def other_thread() -> Any:
         yield pool
 
 
+def test_threads_that_start_after_an_inner_block_has_ended_are_told_of() -> None:
+    with watching() as outer:
+        with watching() as inner:
+            pass
+        on_a_thread(lambda: note("ran"))
+    assert (outer, inner) == (["ran"], [])
+
+
 def test_what_other_threads_run_meanwhile_is_not_told(other_thread: ThreadPoolExecutor) -> None:
     def call(x: Tensor) -> Tensor:
         other_thread.submit(UP, x).result()
