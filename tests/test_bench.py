@@ -140,6 +140,14 @@ def test_measuring_on_a_gpu_counts_the_device_time() -> None:
     assert 0.01 < timing.min_ms <= timing.median_ms
 
 
+@pytest.fixture
+def pretended_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes in ``time.sleep`` alone."""
+    now = [0.0]
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now[-1] + seconds))
+    monkeypatch.setattr(time, "perf_counter", lambda: now[-1])
+
+
 class Waiting(torch.nn.Module):
     """Takes some milliseconds outside of its transposed convolutions, and some in one of them."""
 
@@ -159,16 +167,18 @@ class Waiting(torch.nn.Module):
         return output
 
 
+@pytest.mark.usefixtures("pretended_clock")
 @pytest.mark.parametrize(
     ("outside_s", "inside_s", "expected"), [(0.06, 0.01, 0.25), (0.0, 0.02, 1.0), (0.05, 0.0, 0.0)]
 )
 def test_the_share_of_the_layers(outside_s: float, inside_s: float, expected: float) -> None:
     model = Waiting(outside_s, inside_s)
     found = share(model, lambda: model(torch.zeros(1)), torch.device("cpu"))
-    assert found == pytest.approx(expected, abs=0.1)
+    assert found == pytest.approx(expected)
     assert not model.layer._forward_hooks
 
 
+@pytest.mark.usefixtures("pretended_clock")
 def test_nested_layers_are_counted_once() -> None:
     class Nested(torch.nn.ConvTranspose2d):
         def __init__(self) -> None:
@@ -180,7 +190,8 @@ def test_nested_layers_are_counted_once() -> None:
             return self.inner(input)
 
     model = torch.nn.Sequential(Nested())
-    assert share(model, lambda: model(torch.zeros(1)), torch.device("cpu")) <= 1.0
+    found = share(model, lambda: model(torch.zeros(1)), torch.device("cpu"))
+    assert found == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
