@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import time
+
 import torch
 from torch import Tensor
 
@@ -37,3 +40,19 @@ def tensors(
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
+
+
+def held_bytes(device: int = 0) -> int:
+    """What is asked of PyTorch's allocator and not given back, when that no longer changes.
+
+    Autograd's thread lets go of gradients after the call that waited for them, one at a time.
+    """
+    found: list[int] = []
+    while len(found) < 3 or len(set(found[-3:])) > 1:
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.empty(1, device=f"cuda:{device}")  # the allocator takes in what streams are done with
+        time.sleep(0.05)
+        found.append(torch.cuda.memory_stats(device)["requested_bytes.all.current"])
+        assert len(found) < 100, found
+    return found[-1]

@@ -118,6 +118,28 @@ def test_a_blocked_engine_is_rejected_for_what_the_table_names_alone(
                 make_plan(problem, replace(plain[0], rejected=None))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("layout", "dtype", "y", "alignment", "words"),
+    [
+        ("nchw", "float16", (1, 8, 2, 4), 16, None),  # 128 bytes
+        ("nchw", "float32", (1, 8, 1, 4), 16, None),
+        ("nchw", "float32", (1, 8, 1, 4), 8, "it was not tried at addresses"),
+        ("nchw", "bfloat16", (3, 8, 2, 5), 16, "its result is wrong in nchw"),
+        ("nchw", "float16", (1, 8, 1, 4), 16, "its result is wrong in nchw"),
+        ("nchw", "float32", (5, 4, 3, 2), 16, "its result is wrong in nchw"),
+        ("nhwc", "float16", (1, 8, 1, 4), 16, None),
+    ],
+)
+def test_engine_70_is_blocked_by_the_bytes_of_y(
+    start: Start, layout: str, dtype: str, y: tuple[int, ...], alignment: int, words: str | None
+) -> None:
+    start(convolution=[FakeEngine("eng70")])
+    problem = FakeProblem("wgrad", dtype, tf32=True, alignment=alignment)
+    (candidate, *_) = gather(replace(problem, layout=layout, y=y))
+    assert (candidate.rejected or "").startswith(words or "")
+    assert (candidate.rejected is None) == (words is None)
+
+
 @pytest.mark.parametrize("operation", ["convolution_identity", "convolution_bias"])
 def test_a_blocked_engine_is_rejected_in_every_graph(
     start: Start, monkeypatch: pytest.MonkeyPatch, operation: str

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import dgrad
 from gpu_cases import UPSAMPLING, forward
+from gpu_layers import held_bytes
 from reference import Arguments, Case, arguments, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("strict_and_never_pytorch")]
@@ -151,16 +152,13 @@ def test_host_memory_is_bounded_over_many_shapes() -> None:
 def test_device_memory_returns_to_the_allocator() -> None:
     given = arguments(UPSAMPLING)
     results(dgrad.conv_transpose2d, UPSAMPLING, given)
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = held_bytes()
     for layout in ("nchw", "channels_last", "slice"):
         for precision in ("tf32", "float16"):
             case = replace(UPSAMPLING, layout=layout, precision=precision, dilation=(3, 1))
             with dgrad.flags(allow_tf32=True):
                 results(dgrad.conv_transpose2d, replace(case, output_padding=(2, 1)), _fresh(case))
-    gc.collect()
-    assert torch.cuda.memory_allocated() == before
+    assert held_bytes() == before
 
 
 def _fresh(case: Case) -> Arguments:
@@ -170,13 +168,11 @@ def _fresh(case: Case) -> Arguments:
 def test_an_error_holds_no_device_memory() -> None:
     given = arguments(UPSAMPLING)
     forward(UPSAMPLING, given)
-    gc.collect()
-    before = torch.cuda.memory_allocated()
+    before = held_bytes()
     for _ in range(3):
         with (
             dgrad.flags(algorithm="legacy:ALGO_99"),
             pytest.raises(dgrad.NotSupportedError),
         ):
             forward(UPSAMPLING, given)
-    gc.collect()
-    assert torch.cuda.memory_allocated() == before
+    assert held_bytes() == before

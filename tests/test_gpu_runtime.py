@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from torch import Tensor
 import dgrad
 from dgrad import _loader
 from gpu_cases import UPSAMPLING, check, forward
+from gpu_layers import held_bytes
 from reference import arguments, assert_close, expected, pytorch, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("strict_and_never_pytorch")]
@@ -197,11 +197,10 @@ two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs tw
 def test_the_tensors_device_need_not_be_the_current_one() -> None:
     torch.cuda.set_device(0)
     given = arguments(UPSAMPLING, "cuda:1")
-    gc.collect()
-    allocated = torch.cuda.memory_allocated(0)
+    before = held_bytes(0)
     found = results(dgrad.conv_transpose2d, UPSAMPLING, given)
     assert torch.cuda.current_device() == 0
-    assert torch.cuda.memory_allocated(0) == allocated
+    assert held_bytes(0) == before
     assert all(tensor.device == torch.device("cuda:1") for tensor in found.values())
     check(UPSAMPLING, given, found)
 

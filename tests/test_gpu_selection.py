@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import threading
 import time
@@ -16,7 +15,7 @@ import dgrad
 from dgrad import _measuring
 from dgrad.measure import CLOSE, measure
 from dgrad.planner import decisive_ms
-from gpu_layers import SUITE, relative_error, tensors
+from gpu_layers import SUITE, held_bytes, relative_error, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store")]
 
@@ -58,11 +57,10 @@ def test_measuring_leaves_no_trace() -> None:
     torch.cuda.synchronize()
     torch.set_rng_state(host)
     torch.cuda.set_rng_state(device)
-    gc.collect()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    before = held_bytes()
     y = dgrad.conv_transpose2d(x, w)
-    size = torch.cuda.memory_stats()["requested_bytes.all.current"] - before
-    assert size == y.untyped_storage().nbytes()
+    size = y.untyped_storage().nbytes()
+    assert held_bytes() - before == size
     assert torch.equal(x, x0)
     assert torch.equal(w, w0)
     assert torch.cuda.current_stream() == stream

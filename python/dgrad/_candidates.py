@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import prod
 from sys import intern
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,16 +35,31 @@ class Blocked(NamedTuple):
     dtypes: tuple[str, ...]
     alignment: int  # blocked up to this alignment of the addresses, in bytes
     reason: str
+    where: Callable[[Problem], bool] = lambda _: True  # of these problems
+
+
+def _y_ends_between_128_bytes(problem: Problem) -> bool:
+    element_bytes = 2 if problem.dtype in _HALF_TYPES else 4
+    return problem.layout == "nchw" and prod(problem.y) * element_bytes % 128 != 0
 
 
 # Found on an H200 by running every candidate against float64: `python tests/record_values.py`.
 BLOCKED = (
-    Blocked(
+    Blocked(  # 26 of 27 such problems were wrong, and none of 302 others
         r"eng70",
         "wgrad",
         (*_HALF_TYPES, "float32"),
         16,
-        "its result can be wrong (cuDNN 9.19: stride 2, padding 1 and 5, relative error 55)",
+        "its result is wrong in nchw where y takes no multiple of 128 bytes (cuDNN 9.19: relative "
+        "errors of 1.4, NaN)",
+        _y_ends_between_128_bytes,
+    ),
+    Blocked(
+        r"eng70",
+        "wgrad",
+        (*_HALF_TYPES, "float32"),
+        8,
+        "it was not tried at addresses of less than 16 bytes' alignment (cuDNN 9.19)",
     ),
     Blocked(
         r"eng67(_.*)?",
@@ -180,6 +196,7 @@ def _objection_to_engine(problem: Problem, engine: str, notes: Sequence[str]) ->
             and problem.dtype in blocked.dtypes
             and problem.alignment <= blocked.alignment
             and re.fullmatch(blocked.engines, engine)
+            and blocked.where(problem)
         ):
             return blocked.reason
     return None
