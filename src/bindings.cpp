@@ -228,18 +228,18 @@ void bind_ready(py::module_& m) {
         .def(py::init([](std::shared_ptr<dgrad::Plan> plan, const std::string& direction,
                          py::object make_out, py::object make_workspace, py::object enter_bias,
                          py::object is_capturing, bool plan_reads_bias, bool pytorch_adds_bias,
-                         std::shared_ptr<dgrad::UseCount> uses, py::object recipe,
-                         std::shared_ptr<ReadyGradients> gradients) {
+                         bool python_captures, std::shared_ptr<dgrad::UseCount> uses,
+                         py::object recipe, std::shared_ptr<ReadyGradients> gradients) {
                  return ReadyCall{std::move(plan),       dgrad::parse_direction(direction),
                                   std::move(make_out),   std::move(make_workspace),
                                   std::move(enter_bias), std::move(is_capturing),
                                   plan_reads_bias,       pytorch_adds_bias,
-                                  std::move(uses),       std::move(recipe),
-                                  std::move(gradients)};
+                                  python_captures,       std::move(uses),
+                                  std::move(recipe),     std::move(gradients)};
              }),
              py::kw_only(), "plan"_a.none(false), "direction"_a, "make_out"_a, "make_workspace"_a,
              "enter_bias"_a, "is_capturing"_a, "plan_reads_bias"_a, "pytorch_adds_bias"_a,
-             "uses"_a.none(false), "recipe"_a, "gradients"_a)
+             "python_captures"_a, "uses"_a.none(false), "recipe"_a, "gradients"_a)
         .def_readonly("recipe", &ReadyCall::recipe);
     py::class_<ReadyCalls> calls(m, "ReadyCalls");
     calls

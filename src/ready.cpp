@@ -89,35 +89,36 @@ py::tuple ReadyCalls::state(const py::tuple& own, const py::object& flags) const
     return state;
 }
 
-const ReadyCalls::Entry* ReadyCalls::look_up(const py::object& a, const py::object& b,
-                                             const py::object& bias, const py::tuple& state) {
+ReadyCalls::Entry ReadyCalls::look_up(const py::object& a, const py::object& b,
+                                      const py::object& bias, const py::tuple& state) {
     ReadyKey key;
-    if (!key.make(tensors_, a, b, bias, state)) return nullptr;
+    if (!key.make(tensors_, a, b, bias, state)) return {};
     const auto found = entries_.find(key);
-    return found == entries_.end() ? nullptr : &found->second;
+    if (found == entries_.end()) return {};
+    Entry entry = found->second;
+    if (entry.call->python_captures && is_true(entry.call->is_capturing)) return {};
+    return entry;
 }
 
 py::object ReadyCalls::run(const py::object& a, const py::object& b, const py::object& bias,
                            const py::tuple& state) {
-    const Entry* const entry = look_up(a, b, bias, state);
-    if (entry == nullptr) return py::none();
+    const Entry entry = look_up(a, b, bias, state);
+    if (entry.call == nullptr) return py::none();
     ++hits_;
-    const Entry kept = *entry;  // the table's own may go while it runs
-    return execute(*kept.call, a, b, bias);
+    return execute(*entry.call, a, b, bias);
 }
 
 py::object ReadyCalls::call(const py::object& a, const py::object& b, const py::object& bias,
                             const py::tuple& own, const py::object& flags) {
     if (!may_run()) return py::none();
-    const Entry* const entry = look_up(a, b, bias, state(own, flags));
-    if (entry == nullptr) return py::none();
+    const Entry entry = look_up(a, b, bias, state(own, flags));
+    if (entry.call == nullptr) return py::none();
     ++hits_;
-    const Entry kept = *entry;
     if (is_true(process_.recording) &&
         (requires_grad(a) || requires_grad(b) || requires_grad(bias))) {
-        return kept.object;
+        return entry.object;
     }
-    return execute(*kept.call, a, b, bias);
+    return execute(*entry.call, a, b, bias);
 }
 
 py::object ReadyCalls::execute(const ReadyCall& call, const py::object& a, const py::object& b,
@@ -194,10 +195,9 @@ py::object ReadyCalls::backward(const py::object& context, const py::object& cal
     for (std::size_t i = 0; i < 2; ++i) {
         if (!is_needed(i) || !is_asked(nodes, i)) continue;
         const ReadyGradients::Gradient& each = gradients->of[i];
-        const Entry* const entry = look_up(values[each.first], values[each.second], py::none(),
-                                           state(each.state, gradients->flags));
-        if (entry == nullptr) return py::none();
-        found[i] = *entry;
+        found[i] = look_up(values[each.first], values[each.second], py::none(),
+                           state(each.state, gradients->flags));
+        if (found[i].call == nullptr) return py::none();
     }
     std::array<py::object, 2> results{py::none(), py::none()};
     const py::object of_bias = is_needed(2) ? sum_over(grad, but_channels_) : py::none();

@@ -49,6 +49,7 @@ struct ReadyCall {
     pybind11::object is_capturing;    // of nothing: the current stream, by Note [Captured]
     bool plan_reads_bias;
     bool pytorch_adds_bias;  // to the result, once the plan has run
+    bool python_captures;    // as a CUDA graph gets another plan
     std::shared_ptr<UseCount> uses;
     pybind11::object recipe;  // what Python needs of it; lives as long
     std::shared_ptr<const ReadyGradients> gradients;
@@ -107,9 +108,9 @@ class ReadyCalls {
         const ReadyCall* call = nullptr;
     };
 
-    // Null if there is none.
-    const Entry* look_up(const pybind11::object& a, const pybind11::object& b,
-                         const pybind11::object& bias, const pybind11::tuple& state);
+    // Of no call if there is none. A copy, as the table's own may go while it runs.
+    Entry look_up(const pybind11::object& a, const pybind11::object& b,
+                  const pybind11::object& bias, const pybind11::tuple& state);
     [[nodiscard]] bool may_run() const;
     [[nodiscard]] pybind11::tuple state(const pybind11::tuple& own,
                                         const pybind11::object& flags) const;

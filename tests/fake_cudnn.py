@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -298,9 +298,12 @@ def compute(core: FakeCore, x: torch.Tensor) -> list[list[float]]:
 
 
 def fake_times(
-    core: FakeCore, monkeypatch: pytest.MonkeyPatch, times: dict[str, float | None]
+    core: FakeCore,
+    monkeypatch: pytest.MonkeyPatch,
+    times: dict[str, float | None],
+    device_times: Mapping[str, float] = MappingProxyType({}),
 ) -> list[list[str]]:
-    """Timing gives these, by plan, and None where the budget ends before.
+    """Timing gives these, by plan, and None where the budget ends before; and on the device.
 
     Returns what is timed, a list for each measuring.
     """
@@ -332,6 +335,7 @@ def fake_times(
             time_ms = times[done[0]]
             contestant.reached = time_ms is not None
             contestant.samples_ms = [] if time_ms is None else [time_ms]
+            contestant.device_samples_ms = [device_times[n] for n in done[:1] if n in device_times]
 
     monkeypatch.setattr(_measuring, "measure", measure)
     return measured

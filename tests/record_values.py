@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,15 @@ _LARGER = (  # of real models, cut down
 )
 
 
+def _aligned(case: Case) -> Case:
+    """With channels by eights in each group, as tensor cores want them."""
+    c_in, c_out = (-(-c // (8 * case.groups)) * 8 * case.groups for c in (case.c_in, case.c_out))
+    return replace(case, c_in=c_in, c_out=c_out)
+
+
 def cases() -> list[Case]:
-    """Random ones of every kind, then the larger ones in every precision and layout."""
+    """Random ones of every kind, with channels by eights too, then the larger ones in every
+    precision and layout."""
     found = [
         Case(**{**vars(case), "precision": precision, "layout": layout, "grad_layout": layout})
         for case in _LARGER
@@ -58,6 +66,7 @@ def cases() -> list[Case]:
         for layout in ("nchw", "channels_last")
     ]
     drawn = [random_case(_SEED, index) for index in range(_RANDOM)]
+    drawn += [_aligned(random_case(_SEED, _RANDOM + index)) for index in range(_RANDOM)]
     drawn.append(random_case(20260117, 224))  # tf32 at an address of 4 bytes' alignment
     entering = [
         case

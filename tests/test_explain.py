@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -47,6 +48,39 @@ def test_nothing_of_the_model_changes(backward: bool) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     output.sum().backward()  # a graph made before is still whole
+
+
+MODEL = Counting()
+
+
+class Owner:
+    def __init__(self, model: Counting) -> None:
+        self.model, self.me = model, partial(self.step)  # a circle
+
+    def step(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def test_nothing_changes_of_the_modules_that_a_call_names() -> None:
+    model, x = Counting(), torch.randn(1, 2, 3, 3)
+    calls: list[Callable[[Tensor], Tensor]] = [
+        model.forward,
+        partial(model),
+        partial(lambda model, x: model(x), model),
+        lambda x: model(x) if x is not None else unset,
+        lambda x: MODEL(x),
+        lambda x: [MODEL(each) for each in [x]],
+        lambda x, m=model: m(x),  # type: ignore[misc]
+        torch.no_grad()(lambda x: model(x)),
+        Owner(model).step,
+    ]
+    for call in calls:
+        dgrad.explain(call, x, backward=True)
+    assert int(model.calls) == int(MODEL.calls) == 0
+    assert not model.norm.running_mean.any()
+    assert not MODEL.norm.running_mean.any()
+    unset = x  # until now a cell without a value
+    assert unset is x
 
 
 def test_a_model_made_for_inference_is_explained_too() -> None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import dgrad
-from dgrad import _measuring, log
+from dgrad import _for_graphs, _measuring, log
+from dgrad._runner import Runner
+from dgrad.planner import plan_cache
+from dgrad.selection import Candidate
+from fallbacks import run_python
 from gpu_layers import relative_error, tensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_store")]
@@ -38,7 +45,79 @@ def test_a_capture_measures_nothing_and_names_warm_up(
     assert dgrad.selections()[-1][0].source == "measured"
 
 
-def test_after_warm_up_a_training_step_is_captured_and_its_replays_stay_right() -> None:
+def test_a_capture_in_which_cudnn_cannot_start_names_warm_up() -> None:
+    # In a process of its own: a capture that failed leaves PyTorch's allocator in it.
+    ran = run_python("""
+        import torch, dgrad
+        x, w = (torch.randn(2, 2, 3, 3, device="cuda") for _ in "xw")
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                try:
+                    dgrad.conv_transpose2d(x, w)
+                except dgrad.CudnnError as error:
+                    print(error, flush=True)
+        except RuntimeError:  # of the capture
+            pass
+    """)
+    assert "call dgrad.warm_up(model, *inputs) on this thread before the capture" in ran.stdout, ran
+
+
+def another(
+    candidates: Sequence[Candidate], direction: str, policy: object, chosen: int
+) -> int | None:
+    """In the place of what is faster on the device, which may be the chosen one: any other."""
+    timed = (i for i, c in enumerate(candidates) if c.time_ms is not None and c.rejected is None)
+    return next((i for i in timed if i != chosen), None)
+
+
+def test_a_graph_gets_another_plan_than_calls_of_native_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_for_graphs, "for_graphs", another)
+    by_python: list[object] = []
+    execute = Runner._execute
+
+    def spy(self: Runner, plan: object, *arguments: Any) -> None:
+        by_python.append(plan)
+        execute(self, plan, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Runner, "_execute", spy)
+    x, w = tensors()
+
+    def call() -> Tensor:
+        by_python.clear()
+        return dgrad.conv_transpose2d(x, w)
+
+    with torch.no_grad():
+        call()
+        dgrad.warm_up(call, backward=False)
+        other, chosen = by_python
+        assert other is not chosen
+        call()
+        hits = dgrad.plan_cache.hits
+        call()
+        assert dgrad.plan_cache.hits == hits + 1
+        native = plan_cache.ready is not None and plan_cache.exchange is not None
+        assert by_python == ([] if native else [chosen])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = call()
+        assert by_python == [other]
+        call()
+        assert by_python == ([] if native else [chosen])
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert relative_error(y, F.conv_transpose2d(x.double(), w.double())) < 2e-3
+
+
+@pytest.mark.parametrize("gets_another", [False, True])
+def test_after_warm_up_a_training_step_is_captured_and_its_replays_stay_right(
+    monkeypatch: pytest.MonkeyPatch, gets_another: bool
+) -> None:
+    if gets_another:
+        monkeypatch.setattr(_for_graphs, "for_graphs", another)
     torch.manual_seed(0)
     make = [
         dgrad.ConvTranspose2d(16, 32, 4, 2, 1, device="cuda"),

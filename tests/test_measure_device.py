@@ -10,14 +10,36 @@ from fake_device import Device, Failure, time
 def test_where_the_host_may_limit_the_close_ones_are_timed_on_the_device(device: Device) -> None:
     a = device.contestant("a", 0.03, device_ms=0.020)
     b = device.contestant("b", 0.044, device_ms=0.010)
-    c = device.contestant("c", 0.046, device_ms=0.001)
-    assert time([a, b, c]) == [0.03, 0.044, 0.046]
+    c = device.contestant("c", 0.13, device_ms=0.001)
+    assert time([a, b, c]) == [0.03, 0.044, 0.13]
     assert [each.device_ms for each in (a, b, c)] == [
         pytest.approx(0.02),
         pytest.approx(0.01),
         None,
     ]
     assert device.count("hold") == 3 + 1, "a is slower than b by more than a quarter"
+
+
+def test_then_those_that_the_host_may_have_slowed_are_timed_on_the_device(device: Device) -> None:
+    close = [device.contestant(name, 0.03, device_ms=0.020) for name in "ab"]
+    far = [
+        device.contestant("c", 0.07, device_ms=0.0050),
+        device.contestant("d", 0.08, device_ms=0.0180),
+        device.contestant("e", 0.09, device_ms=0.0055),
+    ]
+    assert time([*close, *far]) == [0.03, 0.03, 0.07, 0.08, 0.09]
+    assert [len(each.device_samples_ms) for each in close] == [3, 3], "whatever the others take"
+    assert [len(each.device_samples_ms) for each in far] == [3, 1, 3]
+
+
+def test_where_the_budget_is_spent_the_close_ones_alone_are_timed_on_the_device(
+    device: Device,
+) -> None:
+    a, b = device.contestant("a", 0.03), device.contestant("b", 0.07)
+    assert time([a, b], budget_s=0.005) == [0.03, 0.07]
+    assert (a.device_ms, b.device_ms) == (pytest.approx(0.03), None)
+    assert time([a, b], budget_s=1.0) == [0.03, 0.07]
+    assert (a.device_ms, b.device_ms) == (pytest.approx(0.03), pytest.approx(0.07))
 
 
 def test_where_many_kernels_let_the_host_limit_long_runs_the_close_ones_are_timed_too(

@@ -84,11 +84,13 @@ CASES: dict[str, tuple[Selection, str]] = {
     ),
     "the host": (
         select(engine(0.0160, 0.0109), engine(0.0218, 0.0101, bias=ADD)),
-        "7.3 % faster on the device, 36.3 % slower with the host's share, it costs the host more",
+        "7.3 % faster on the device, 36.3 % slower with the host's share, it costs the host more; "
+        "CUDA graphs get it",
     ),
     "the host, far behind": (
         select(engine(0.030, 0.015), engine(0.046, 0.013)),
-        "13.3 % faster on the device, 53.3 % slower with the host's share, it costs the host more",
+        "13.3 % faster on the device, 53.3 % slower with the host's share, it costs the host more; "
+        "CUDA graphs get it",
     ),
     "the host's share of its kind": (
         select(engine(0.023, 0.0081), legacy(0.0225, 0.0080), engine(0.019, 0.0083), chosen=0),
@@ -101,6 +103,17 @@ CASES: dict[str, tuple[Selection, str]] = {
     ),
     "another measuring": (select(legacy(1.0), engine(0.5), chosen=0), "50.0 % faster, known since"),
 }
+
+
+def test_what_only_graphs_get_is_no_runner_up_and_no_promise() -> None:
+    far, limit = engine(0.060, 0.005, workspace_bytes=MIB), 2 * MIB
+    near = legacy(0.033, 0.026)
+    text = str(select(engine(0.030, 0.020), near, far, workspace_limit=limit))
+    assert "next legacy:ALGO_1 (FMA_MATH) 30.0 % slower on the device" in text
+    assert "; CUDA graphs get graph:eng" in text
+    text = str(select(engine(0.030, 0.020), near, far, workspace_limit=limit // 4))
+    assert "CUDA graphs" not in text
+    assert "of workspace" not in text, "eager calls would not get it"
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -56,6 +56,7 @@ def _selection(**changes: Any) -> dgrad.Selection:
             best, algorithm="FFT_TILING", rejected=_OUT_OF_MEMORY, out_of_memory=True, time_ms=None
         ),
         dgrad.Candidate("graph", "eng5_k2=3_k24=0+identity", "FMA_MATH", True, 0, time_ms=0.9),
+        dgrad.Candidate("graph", "eng5_k2=4", "FMA_MATH", True, 0),
     )
     fields: Record = {
         "problem": _problem(),
@@ -162,14 +163,15 @@ def test_no_field_may_lack_be_added_or_have_another_type(record: Record) -> None
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda r: r.update(format=2),
-        lambda r: r.update(format=4),
+        lambda r: r.update(format=3),
+        lambda r: r.update(format=5),
         lambda r: r.update(time="yesterday"),
         lambda r: r.update(gpu=None),
         lambda r: r.update(cudnn="nine"),
         lambda r: r.update(candidates=[]),
         lambda r: r.update(chosen=-1),
         lambda r: r.update(chosen=0.5),
+        lambda r: r.update(captured=-1),
         lambda r: r.update(source="guessed"),
         lambda r: r["flags"].update(selection="fastest"),
         lambda r: r["flags"].update(algorithm={"forward": ["legacy:ALGO_1"]}),

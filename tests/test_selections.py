@@ -110,6 +110,15 @@ CHOSEN = Candidate("legacy", "ALGO_1", "TENSOR_OP_MATH", True, 5 * MIB)
 OTHER = Candidate("legacy", "FFT", "DEFAULT_MATH", True, 0, rejected="it is broken")
 
 
+def test_a_workspace_that_is_not_known_is_not_0() -> None:
+    engine = Candidate("graph", "eng1", "FMA_MATH", True, 0)
+    candidates = (engine, replace(engine, time_ms=1.0), CHOSEN)
+    selection = Selection(FakeProblem(), candidates, 2, (None,) * 3, "heuristic")  # type: ignore[arg-type]
+    sizes = [candidate["workspace_bytes"] for candidate in selection.to_dict()["candidates"]]
+    assert sizes == [None, 0, 5 * MIB]
+    assert [row[2] for row in selection.table()[1:]] == ["not known", "0 B", "5.0 MiB"]
+
+
 def test_a_selection_is_plain_data() -> None:
     selection = Selection(FakeProblem(), (OTHER, CHOSEN), 1, ("it is broken", None), "forced")  # type: ignore[arg-type]
     data = json.loads(json.dumps(selection.to_dict()))
@@ -243,6 +252,8 @@ def test_the_snippet_makes_the_same_call(problem: FakeProblem) -> None:
     assert f'device="cuda:{problem.device}"' in snippet
     assert "with dgrad.flags(deterministic=True, workspace_limit=5):" in snippet
     assert ("backward()" in snippet) is (problem.direction != "dgrad")
+    needed = [line[0] for line in snippet.splitlines() if "requires_grad_()" in line]
+    assert needed == {"dgrad": [], "fprop": ["x"], "wgrad": ["w"]}[problem.direction]
     # There is no GPU here, so the same lines run on the CPU, where oneDNN crashes in some gradients
     # (one column wide, channels last: float32 in PyTorch 2.4, bfloat16 in 2.13). It takes no
     # float64; all else runs without values.

@@ -104,6 +104,7 @@ class ReadyCall:
         is_capturing: Callable[[], bool] | None,
         plan_reads_bias: bool,
         pytorch_adds_bias: bool,
+        python_captures: bool,
         uses: UseCount,
         recipe: object,
         gradients: ReadyGradients | None,

@@ -276,8 +276,15 @@ def _taught(candidate: Candidate, same: Candidate, fails_too: bool) -> Candidate
     if candidate.rejected is not None or candidate.time_ms is not None:
         return candidate
     if same.rejected is None:
+        size = candidate.workspace_bytes
+        if candidate.provider == "graph":  # known once a plan is made
+            size = size or same.workspace_bytes
         return replace(
-            candidate, time_ms=same.time_ms, device_ms=same.device_ms, skipped=same.skipped
+            candidate,
+            workspace_bytes=size,
+            time_ms=same.time_ms,
+            device_ms=same.device_ms,
+            skipped=same.skipped,
         )
     lasting = fails_too and not same.may_pass
     return replace(candidate, rejected=same.rejected) if lasting else candidate

@@ -29,12 +29,17 @@ def of_problem(problem: Problem, flags: Mapping[str, Any]) -> str:
         _two(problem.padding), _two(problem.stride), _two(problem.dilation), problem.groups
     )
     options = f'dtype=torch.{problem.dtype}, device="cuda:{problem.device}"'
-    leaf = ".requires_grad_()"
-    if problem.layout == "nhwc":
-        leaf = f".to(memory_format=torch.channels_last){leaf}"
+    layout = ".to(memory_format=torch.channels_last)" if problem.layout == "nhwc" else ""
+    x, w = (
+        f"torch.randn({tuple(shape)}, {options}){layout}{'.requires_grad_()' * needed}"
+        for shape, needed in (
+            (problem.y, problem.direction == "fprop"),
+            (problem.w, problem.direction == "wgrad"),
+        )
+    )
     return _lines(
-        f"torch.randn({tuple(problem.y)}, {options}){leaf}",
-        f"torch.randn({tuple(problem.w)}, {options}){leaf}",
+        x,
+        w,
         f"torch.randn({problem.x[1]}, {options})" if problem.bias else None,
         geometry,
         _output_padding(problem.x, problem.w, problem.y, geometry),

@@ -13,16 +13,14 @@ from torch.profiler import record_function
 
 from . import _kernels, _loader, config, log, store
 from ._candidates import make_plan, other_precision, pass_operation
+from ._for_graphs import ForGraphs, label_of, plan_for_graphs
 from ._knowledge import Use, knowledge_of
 from ._measuring import FAILURES, UNPLANNABLE, Measuring, timing_policy
 from ._refusal import nothing_usable, reason
 from ._watch import note, observers, profiling, watchers
 from .config import Policy
-from .exceptions import (
-    CudnnError,
-    CudnnNotInitializedError,
-)
-from .planner import objection, preference, selection_of, source_of, untimed
+from .exceptions import CudnnError, CudnnNotInitializedError
+from .planner import objection, plan_cache, preference, selection_of, source_of, untimed
 from .selection import ADD, FUSED, Selection
 
 if TYPE_CHECKING:
@@ -43,6 +41,7 @@ class Runner:
         "_bias",
         "_corrects",
         "_device",
+        "_for_graphs",
         "_index",
         "_knowledge",
         "_label",
@@ -63,6 +62,7 @@ class Runner:
         self._restored = False  # whether the plan is of kernels that were kept
         self.use: Use | None = None  # of what was announced, to count it
         self._provisional = False
+        self._for_graphs: ForGraphs | None = None  # what a CUDA graph gets instead
         self._corrects = False  # whether what runs was withheld by the store
         # How often a pass for the bias wants it repeated: once for each image.
         self._repeats = problem.x[0] if pass_operation(problem) == "bias_rows" else 1
@@ -81,17 +81,28 @@ class Runner:
             if self._plan is None or self._provisional:
                 self._choose((x, w, y, bias))
             assert self._plan is not None
-            if self._plan.compiles and torch.cuda.is_current_stream_capturing():
-                _loader.require().keep_for_graphs(self._plan)
+            plan, how, label = self._plan, self._bias, self._label
+            rehearsed = bool(watchers and observers())
+            if plan.compiles or self._for_graphs is not None or rehearsed:
+                if torch.cuda.is_current_stream_capturing():
+                    if self._for_graphs is not None:
+                        _, plan, how, label = self._for_graphs
+                    if plan.compiles:
+                        _loader.require().keep_for_graphs(plan)
+                elif rehearsed:
+                    self._prepare_for_graphs((x, w, y, bias))
             try:
                 if profiling():
-                    with record_function(self._label):
-                        self._execute(self._plan, self._bias, x, w, y, bias)
+                    with record_function(label):
+                        self._execute(plan, how, x, w, y, bias)
                 else:
-                    self._execute(self._plan, self._bias, x, w, y, bias)
+                    self._execute(plan, how, x, w, y, bias)
             except FAILURES as error:
                 if isinstance(error, CudnnError) and torch.cuda.is_current_stream_capturing():
                     raise  # of the capture, perhaps, and not of the candidate
+                if plan is not self._plan:
+                    self._for_graphs = None
+                    continue
                 candidate = self._knowledge.candidates[self._index]
                 again = self._restored and _kernels.distrust(self._problem, candidate, error)
                 if not again:
@@ -100,12 +111,26 @@ class Runner:
                 continue
             if self.use is None:
                 self.use = self._announce()
-            if watchers and observers():  # a rehearsal, which does not count
+            if rehearsed:  # which does not count
                 note(self.selection())
                 self._knowledge.pack()
             else:
                 self.use.runs += 1
             return
+
+    def _prepare_for_graphs(self, tensors: Tensors) -> None:
+        made = plan_for_graphs(
+            self._knowledge,
+            self._policy,
+            self._index,
+            self._for_graphs,
+            execute=lambda plan, how: self._execute(plan, how, *tensors),
+            note_workspace=self._note_workspace,
+            reject=self._reject,
+        )
+        if made is not self._for_graphs:
+            plan_cache.forget_ready()
+            self._for_graphs = made
 
     def _execute(
         self,
@@ -149,6 +174,7 @@ class Runner:
             use.native = core.UseCount()
         by_cudnn = self._problem.bias and self._bias != ADD
         repeated = by_cudnn and self._bias != FUSED and self._repeats > 1
+        may_differ = self._plan.compiles or self._for_graphs is not None  # in a capture
         call: ReadyCall = core.ReadyCall(
             plan=self._plan,
             direction=self._problem.direction,
@@ -157,9 +183,10 @@ class Runner:
             if size
             else None,
             enter_bias=methodcaller("repeat", self._repeats) if repeated else None,
-            is_capturing=torch._C._cuda_isCurrentStreamCapturing if self._plan.compiles else None,
+            is_capturing=torch._C._cuda_isCurrentStreamCapturing if may_differ else None,
             plan_reads_bias=by_cudnn,
             pytorch_adds_bias=self._bias == ADD,
+            python_captures=self._for_graphs is not None,
             uses=use.native,
             recipe=recipe,
             gradients=gradients,
@@ -209,9 +236,10 @@ class Runner:
             if objection(candidate, problem.direction, policy) is not None:
                 continue  # the plan knows a larger workspace than the heuristic did
             # An interrupt finds all of one choice: what may call Python comes first.
-            label = f"dgrad::{problem.direction} {candidate}"
+            label = label_of(problem, candidate)
             self.use, self._label, self._restored = None, label, restored
             self._index, self._bias, self._plan = index, candidate.bias, plan
+            self._for_graphs = None
             if self._provisional:
                 log.captured(problem)
             if outdated:  # so that no other process tries what is not to be had any more

@@ -37,9 +37,10 @@ FILE is a Python file as KernelBench has them: a class Model, get_inputs() and g
 Without FILE: ConvTranspose2d(64, 64, (3, 7), bias=False) on an input of (8, 64, 512, 512).
 
 Outputs are equal where shape and dtype are, and torch.allclose holds with atol = rtol = 1e-4
-(1e-2 for half types) against PyTorch with its defaults. PyTorch, PyTorch with cudnn.benchmark on,
-and dgrad are each timed in a fresh process, in short turns. The model is used as constructed, under
-no_grad; the last column is the part of its time that passes in its transposed convolutions.
+(1e-2 for half types) against PyTorch with its defaults, NaN in the same places being equal.
+PyTorch, PyTorch with cudnn.benchmark on, and dgrad are each timed in a fresh process, in short
+turns. The model is used as constructed, under no_grad; the last column is the part of its time that
+passes in its transposed convolutions.
 On the CPU PyTorch's own operator runs in dgrad's layers. There the batch of FILE's inputs is cut
 to 1, and without FILE the input is (1, 64, 128, 128); --full-size keeps them as they are.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.parameter import is_lazy
 
 from . import log
+from ._undisturbed import modules_of, undisturbed
 from ._watch import Event, watching
 from .selection import Selection
 
@@ -97,9 +97,10 @@ def explain(
     """What runs for ``call(*inputs)``, what was chosen, and why each other candidate was not.
 
     The call is run once, so that a problem that is new is selected as it would be. Gradients, the
-    buffers of a module that is given itself, PyTorch's random numbers and the counts of
-    :func:`dgrad.selections` stay as they are, and so do the inputs unless the call itself writes to
-    them. Lazy layers are initialized, as by any first call, and take random numbers for that.
+    buffers of the modules that the call is, is a method or a partial of, or names as a function,
+    PyTorch's random numbers and the counts of :func:`dgrad.selections` stay as they are, and so do
+    the inputs unless the call itself writes to them. Lazy layers are initialized, as by any first
+    call, and take random numbers for that.
 
     The threads that the call starts are told of too. What other threads of the program run
     meanwhile is not, nor what the call leaves to threads that were there before.
@@ -145,10 +146,6 @@ def warm_up(
     return Explanation(events)
 
 
-def _modules(call: object) -> Iterable[torch.nn.Module]:
-    return call.modules() if isinstance(call, torch.nn.Module) else ()
-
-
 def _rehearse(
     call: Callable[..., Any], inputs: tuple[Any, ...], keywords: dict[str, Any], backward: bool
 ) -> None:
@@ -157,7 +154,7 @@ def _rehearse(
     if wrapper is not None:
         log.without_gradients(name, f"{wrapper} wants a whole step; {_A_STEP}")
     backward = backward and wrapper is None
-    with _undisturbed(call), torch.set_grad_enabled(backward):
+    with undisturbed(call), torch.set_grad_enabled(backward):
         if not backward:
             call(*inputs, **keywords)
             return
@@ -170,7 +167,7 @@ def _rehearse(
         outputs = [t for t in found if t.requires_grad and t.layout is torch.strided]
         # The first two are in the third, but for what a call does in other threads.
         sources: list[Any] = [t for t in _tensors((inputs, keywords)) if t.requires_grad]
-        parameters = [p for m in _modules(call) for p in m.parameters(False) if not is_lazy(p)]
+        parameters = [p for m in modules_of(call) for p in m.parameters(False) if not is_lazy(p)]
         sources += [p for p in parameters if p.requires_grad]
         ends = _ends(outputs, begin)
         if any(getattr(getattr(e.node, "variable", 0), "_is_flat_param", False) for e in ends):
@@ -206,7 +203,7 @@ def _wrapper(call: object) -> str | None:
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # costs much to import
     sharded = getattr(fsdp, "FullyShardedDataParallel", None)
-    for module in _modules(call):
+    for module in modules_of(call):
         if sharded is not None and isinstance(module, sharded):
             return "FullyShardedDataParallel"
         static = getattr(module, "static_graph", False)
@@ -273,47 +270,3 @@ def _ends(outputs: Iterable[Tensor], begin: int) -> list[GradientEdge]:
             else:
                 found[GradientEdge(node, place)] = None
     return list(found)
-
-
-def _same(buffer: Tensor, before: Tensor) -> bool:
-    try:
-        return torch.equal(buffer, before)
-    except (RuntimeError, AttributeError):  # sparse ones, float8 and others are not compared
-        return False
-
-
-@contextmanager
-def _undisturbed(call: object) -> Iterator[None]:
-    """Put buffers and PyTorch's random numbers back to what they were.
-
-    Lazy layers are initialized by a first run, and take random numbers for that. Statistics that
-    have begun with it begin anew: of PyTorch's lazy layers those of the norms alone have buffers.
-    """
-    buffers = [
-        (module, name, buffer, None if is_lazy(buffer) else buffer.clone())
-        for module in _modules(call)
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    begun = {module for module, _, _, before in buffers if before is None}
-    lazy = begun or any(is_lazy(p) for module in _modules(call) for p in module.parameters(False))
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices, enabled=not lazy):
-        try:
-            yield
-        finally:
-            for module, name, buffer, before in buffers:
-                if before is None:
-                    continue
-                module._buffers[name] = buffer
-                if not _same(buffer, before):
-                    with torch.inference_mode(buffer.is_inference()):
-                        # .data: a graph that has saved it must not take it for a changed one.
-                        if buffer.shape == before.shape and buffer.layout is torch.strided:
-                            buffer.data.copy_(before)
-                        else:
-                            buffer.data = before
-            for module in begun:
-                reset, now = getattr(module, "reset_running_stats", None), [*module.buffers(False)]
-                if callable(reset) and not any(map(is_lazy, now)):
-                    with torch.inference_mode(any(b.is_inference() for b in now)):
-                        reset()

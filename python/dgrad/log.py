@@ -97,7 +97,7 @@ def selected(selection: Selection, policy: Policy) -> None:
 def record(selection: Selection, policy: Policy) -> dict[str, Any]:
     """The whole record of a selection, as the file of JSON lines has it."""
     return {
-        "format": 3,
+        "format": 4,
         "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "gpu": torch.cuda.get_device_name(selection.problem.device),
         "cudnn": cudnn_version(),

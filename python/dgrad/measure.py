@@ -138,8 +138,9 @@ def measure(
     """Time the contestants, in rounds of shuffled order, until each has its samples.
 
     Runs lie back to back between two events, so that the host's share counts where it is what
-    limits. Of short runs, and where the host limits, those that are close get their time on the
-    device too, in and out of its cache. A contestant that raises one of ``errors`` keeps the error
+    limits. Of short runs those that are close get their time on the device too, in and out of its
+    cache; where the host limits so do all that it may have slowed, as the replay of a CUDA graph
+    has no host's share. A contestant that raises one of ``errors`` keeps the error
     and leaves; after each round those leave that are far behind. When ``budget_s`` seconds are
     spent no further one is begun: those not reached stay without a time. Of long runs, those that
     were only built by then are not reached either. ``late`` is asked, when all have their times,
@@ -160,8 +161,15 @@ def measure(
         _begin(joined, lambda: False, errors)
         timed = _within(_DROP_FACTOR, [*timed, *joined])
         timed = _sample_in_rounds(timed, order, spent, errors)
-    if timed and ((_fastest_ms(timed) or 0.0) <= _CACHE_MS or _host_limits(timed)):
-        _sample_device(_within(_leave_factor(timed), timed), order, errors)
+    host_limits = _host_limits(timed)
+    if timed and ((_fastest_ms(timed) or 0.0) <= _CACHE_MS or host_limits):
+        close = _within(_leave_factor(timed), timed)
+        flush = _flush(errors)
+        least = _sample_device(close, order, errors, flush)
+        if host_limits and (_fastest_ms(timed) or 0.0) <= _CACHE_MS and not spent():
+            slowed = _within(_DROP_FACTOR, [*contestants, *joined])
+            slowed = [c for c in slowed if c.host_limits and c not in close]
+            _sample_device(slowed, order, errors, flush, least)
 
 
 def _begin(contestants: Sequence[Contestant], spent: Callable[[], bool], errors: Errors) -> None:
@@ -277,17 +285,28 @@ def _leave_factor(timed: Sequence[Contestant], samples: int = _ROUNDS) -> float:
     return CLOSE if samples > 1 else 2 * CLOSE
 
 
-def _sample_device(close: list[Contestant], order: random.Random, errors: Errors) -> None:
-    """Time on the device alone those that the host, or the cache, may show in a wrong light."""
-    flush = _flush(errors)
+def _sample_device(
+    close: list[Contestant],
+    order: random.Random,
+    errors: Errors,
+    flush: Callable[[], object],
+    least: float = math.inf,
+) -> float:
+    """Time on the device alone those that the host, or the cache, may show in a wrong light.
+
+    Those that are far behind ``least``, of others, or the best of these leave after a sample.
+    Returns the least of all.
+    """
     for _ in range(_DEVICE_SAMPLES):
         for contestant in order.sample(close, len(close)):
             try:
                 contestant.device_samples_ms.append(contestant.sample_device(flush))
             except errors as error:
                 contestant.fail(error)
-        fastest = min((t for c in close if (t := c.device_ms) is not None), default=0.0)
-        close = [c for c in close if (c.device_ms or math.inf) <= _LEAVE_FACTOR * fastest]
+        fastest = min((t for c in close if (t := c.device_ms) is not None), default=least)
+        least = min(least, fastest)
+        close = [c for c in close if (c.device_ms or math.inf) <= _LEAVE_FACTOR * least]
+    return least
 
 
 def _flush(errors: Errors) -> Callable[[], object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _NOISE = 1.01  # times this close are the same time
 _HOST_NOISE = 1.03  # the host's share varies more
+_WORTH_A_PLAN = 1.03  # so much faster is one that only CUDA graphs get
 
 
 class PlanCache(BoundedCache[Any, Any]):
@@ -76,6 +78,11 @@ class PlanCache(BoundedCache[Any, Any]):
             self._ready_hits = hits
             for key in [key for key, entry in self._items() if entry.ran_natively()]:
                 self._entries.move_to_end(key)
+
+    def forget_ready(self) -> None:
+        """Let the next call of each problem go through Python, as something of it has changed."""
+        if self.ready is not None:
+            self.ready.clear()
 
     def clear(self) -> None:
         """Forget all plans and all that was learned of their problems; the store stays."""
@@ -138,13 +145,12 @@ def _by_time(candidates: Sequence[Candidate], usable: Iterable[int]) -> list[int
     alike = _alike(candidates, usable)
 
     def rank(i: int) -> tuple[float, ...]:
-        candidate, time = candidates[i], candidates[i].time_ms
+        time = candidates[i].time_ms
         if time is None:
             return 2, i
         if i not in alike:
             return 1, time
-        # Between equals the deterministic one and then the smaller workspace wins.
-        return 0, not candidate.deterministic, candidate.workspace_bytes, i
+        return 0, *_tie_rank(candidates, i)
 
     return sorted(usable, key=rank)
 
@@ -198,6 +204,31 @@ def untimed(candidates: list[Candidate], direction: str, policy: Policy) -> list
     )
 
 
+def for_graphs(
+    candidates: Sequence[Candidate], direction: str, policy: Policy, chosen: int
+) -> int | None:
+    """What a CUDA graph gets instead of the chosen one: what is faster on the device, whatever the
+    host takes for it. None where nothing is."""
+    winner, wanted = candidates[chosen], policy.wanted(direction)
+    if policy.selection == "heuristic" or policy.forces(direction) or winner.device_ms is None:
+        return None
+    times = {
+        i: c.device_ms
+        for i, c in enumerate(candidates)
+        if c.time_ms is not None
+        and c.device_ms is not None
+        and c.device_ms * _WORTH_A_PLAN < winner.device_ms
+        and _place(c, wanted) == _place(winner, wanted)
+        and objection(c, direction, policy) is None
+    }
+    return min(_within(_NOISE, times), key=partial(_tie_rank, candidates), default=None)
+
+
+def _tie_rank(candidates: Sequence[Candidate], i: int) -> tuple[float, ...]:
+    """Between equals the deterministic one and then the smaller workspace wins."""
+    return not candidates[i].deterministic, candidates[i].workspace_bytes, i
+
+
 def selection_of(knowledge: Knowledge, policy: Policy, chosen: int, source: str) -> Selection:
     candidates = tuple(knowledge.candidates)
     direction = knowledge.problem.direction
@@ -209,6 +240,7 @@ def selection_of(knowledge: Knowledge, policy: Policy, chosen: int, source: str)
         source=source,
         policy=policy,
         behind=_behind(candidates, direction, policy, chosen, source),
+        captured=for_graphs(candidates, direction, policy, chosen),
     )
 
 
@@ -266,7 +298,7 @@ def source_of(knowledge: Knowledge, policy: Policy, chosen: int) -> str:
 
 def selections() -> list[tuple[Selection, int]]:
     """All selections of this process in order of first use, each with how often it has run, also
-    those that another has replaced.
+    those that another has replaced. Of problems the last 16384 that were looked up are kept.
 
     What :func:`dgrad.explain` and :func:`dgrad.warm_up` run does not count: 0 is what nothing else
     has run yet.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .exceptions import NOT_ASKED, THIS_TIME
+from .measure import CLOSE
 
 if TYPE_CHECKING:
     from ._core import Problem
@@ -72,7 +74,8 @@ class Candidate:
         time_ms: measured time of one run of many back to back in milliseconds, or None.
         device_ms: the device's share of it, the mean of a run that finds nothing of its tensors in
             the device's cache and one that follows it; measured up to 1 ms, where the host or the
-            cache may hide it, of those that are close to the best, else None.
+            cache may hide it, of those that are close to the best and of those that the host may
+            have slowed, else None.
         skipped: whether the budget was spent before its turn to be timed.
         rejected: why it cannot run at all, or None.
         out_of_memory: whether the reason is memory that could not be had.
@@ -137,6 +140,8 @@ class Selection:
         policy: the flags in force, with PyTorch's switches read; None where it is not known.
         behind: why each candidate that may run stands behind the chosen one, where its time does
             not say it, or None.
+        captured: the index of the one that a CUDA graph gets instead after ``dgrad.warm_up``, as it
+            is faster on the device; None where that is the chosen one.
     """
 
     problem: Problem
@@ -146,6 +151,7 @@ class Selection:
     source: str
     policy: Policy | None = None
     behind: tuple[str | None, ...] = ()
+    captured: int | None = None
 
     @property
     def candidate(self) -> Candidate:
@@ -164,7 +170,8 @@ class Selection:
         if objection is not None:
             return f"rejected: {objection}" + (f" ({slower})" if slower else "")
         if slower:
-            return slower + self._although_faster(index)
+            in_graphs = "; CUDA graphs get it" if index == self.captured else ""
+            return slower + self._although_faster(index) + in_graphs
         return self._behind(index) or "not chosen"
 
     def _behind(self, index: int) -> str | None:
@@ -197,7 +204,8 @@ class Selection:
         if not others or self.candidate.time_ms is None:
             return ""
         times = {i: c.time_ms or 0.0 for i, c in others.items()}
-        on_device = {i: d for i, c in others.items() if (d := c.device_ms) is not None}
+        close = [i for i, time_ms in times.items() if time_ms <= CLOSE * self.candidate.time_ms]
+        on_device = {i: d for i in close if (d := others[i].device_ms) is not None}
         if self.candidate.device_ms is not None and on_device:  # these decide
             times = on_device
         index = min(times, key=times.__getitem__)
@@ -212,6 +220,7 @@ class Selection:
             if objection is not None
             and candidate.rejected is None
             and "workspace_limit" in objection
+            and (candidate.time_ms or math.inf) <= CLOSE * (self.candidate.time_ms or 0.0)
             and (ratio := self._ratio(candidate)) is not None
         }
         best = min(ratios, key=ratios.__getitem__, default=None)
@@ -219,6 +228,12 @@ class Selection:
             return ""
         size = format_bytes(best.workspace_bytes)
         return f"; with {size} of workspace {best} would be {_percent_slower(ratios[best], 1.0)}"
+
+    def _in_graphs(self) -> str:
+        if self.captured is None:
+            return ""
+        candidate = self.candidates[self.captured]
+        return f"; CUDA graphs get {candidate}, {self._slower(candidate)}"
 
     def _ratio(self, candidate: Candidate) -> float | None:
         """The candidate's time over the chosen one's: on the device where both were timed there."""
@@ -237,6 +252,7 @@ class Selection:
             f"{chosen} for {self.problem}: {time}workspace "
             f"{format_bytes(chosen.workspace_bytes)}, {kind}, source {self.source} "
             f"({self.chosen + 1} of {len(self.candidates)} in cuDNN's order){self._over_limit()}"
+            f"{self._in_graphs()}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,10 +260,13 @@ class Selection:
         return {
             "problem": problem_dict(self.problem),
             "candidates": [
-                asdict(candidate) | {"verdict": verdict}
-                for candidate, verdict in zip(self.candidates, self.verdicts(), strict=True)
+                asdict(candidate) | {"workspace_bytes": self._workspace(index), "verdict": verdict}
+                for index, (candidate, verdict) in enumerate(
+                    zip(self.candidates, self.verdicts(), strict=True)
+                )
             ],
             "chosen": self.chosen,
+            "captured": self.captured,
             "source": self.source,
         }
 
@@ -266,7 +285,7 @@ class Selection:
             (
                 str(candidate),
                 self.problem.layout,
-                self._workspace(index),
+                "not known" if (size := self._workspace(index)) is None else format_bytes(size),
                 "" if candidate.time_ms is None else format_ms(candidate.time_ms),
                 "" if candidate.device_ms is None else format_ms(candidate.device_ms),
                 "yes" if candidate.deterministic else "no",
@@ -278,12 +297,12 @@ class Selection:
         ]
         return [header, *rows]
 
-    def _workspace(self, index: int) -> str:
-        """As text; of an engine that nothing was built of it is not known."""
+    def _workspace(self, index: int) -> int | None:
+        """In bytes; of an engine that nothing was built of it is not known."""
         candidate = self.candidates[index]
         built = index == self.chosen or candidate.time_ms is not None
         known = built or candidate.workspace_bytes > 0 or candidate.provider == "legacy"
-        return format_bytes(candidate.workspace_bytes) if known else "not known"
+        return candidate.workspace_bytes if known else None
 
 
 def reasons_table(candidates: list[tuple[Candidate, str]]) -> str:

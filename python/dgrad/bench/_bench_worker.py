@@ -168,6 +168,9 @@ def _selected(selection: dgrad.Selection) -> Answer:
         "source": selection.source,
         "workspace_bytes": chosen.workspace_bytes,
         "time_ms": chosen.time_ms,
+        "captured": None
+        if selection.captured is None
+        else str(selection.candidates[selection.captured]),
     }
 
 

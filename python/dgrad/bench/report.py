@@ -120,5 +120,6 @@ def _selected(selected: list[dict[str, Any]]) -> str:
     several = len(selected) > 1
     return "; ".join(
         f"{one['direction'] + ' ' if several else ''}{one['candidate']}, {one['source']}"
+        + (f", in graphs {one['captured']}" if one.get("captured") else "")
         for one in selected
     )
