@@ -1,4 +1,4 @@
-"""What gpu tests of choosing share: layers, tensors, how far a result is off."""
+"""What gpu tests share: layers, tensors, how far a result is off, what memory is held."""
 
 from __future__ import annotations
 

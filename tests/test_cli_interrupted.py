@@ -50,7 +50,7 @@ def _interrupt(arguments: list[str], words: Path, flag: Path | None = None) -> t
     """
 
     def begun() -> bool:
-        return "begun" in words.read_text() if flag is None else flag.exists()
+        return "begun\n" in words.read_text() if flag is None else flag.exists()
 
     with words.open("w+") as out:
         process = subprocess.Popen(
