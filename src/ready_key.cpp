@@ -39,6 +39,15 @@ bool is_plain(PyObject* value, int levels = 2) {
            PyUnicode_CheckExact(value);
 }
 
+// A negative view shares all that is read off a tensor with what it is the negative of. PyTorch
+// makes them of imaginary parts, which are not aligned; as_strided can move them to where they are.
+// To ask each tensor would give the GIL to other threads: asked are those that autograd calls
+// views.
+bool is_negative_view(const py::object& tensor) {
+    static const py::str &base = interned("_base"), &is_neg = interned("is_neg");
+    return !attribute(tensor, base).is_none() && call_method(tensor, is_neg).ptr() != Py_False;
+}
+
 }  // namespace
 
 bool ReadyKey::make(const TensorReader& tensors, const py::object& a, const py::object& b,
@@ -56,13 +65,10 @@ bool ReadyKey::add(const TensorReader& tensors, const py::object& object) {
     dlpack::Tensor tensor{};
     if (!tensors.try_read(object, &tensor)) return false;
     const auto dims = static_cast<std::size_t>(tensor.ndim);
-    // A null address is of a tensor without memory, such as one of zeros. A negative view shares
-    // all that is read here with what it is the negative of; PyTorch makes them of imaginary parts,
-    // which are not aligned (unless as_strided moves them, and then the sign is wrong), and to ask
-    // each tensor would give the GIL to other threads.
+    // A null address is of a tensor without memory, such as one of zeros.
     if (tensor.device_type != dlpack::cuda || tensor.strides == nullptr || tensor.data == nullptr ||
         reinterpret_cast<std::uintptr_t>(address(tensor)) % alignment != 0 || dims > 4 ||
-        count_ + 2 * dims + 2 > most_facts) {
+        count_ + 2 * dims + 2 > most_facts || is_negative_view(object)) {
         return false;
     }
     const auto add_fact = [this](std::int64_t fact) { facts_[count_++] = fact; };

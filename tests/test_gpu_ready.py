@@ -71,6 +71,18 @@ CHANGES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "weight's strides": lambda x, w, b: ((x, w.transpose(2, 3), b), {"stride": 2}),
     "expanded bias": lambda x, w, b: ((x, w, b[:1].expand(6)), {"stride": 2}),
     "negative view": lambda x, w, b: ((torch.complex(x, x).conj().imag, w, b), {"stride": 2}),
+    "negative view at an aligned address": lambda x, w, b: (
+        (torch.complex(x, x).conj().imag.as_strided(x.shape, x.stride(), 0), w, b),
+        {"stride": 2},
+    ),
+    "negative weight": lambda x, w, b: (
+        (x, torch.complex(w, w).conj().imag.as_strided(w.shape, w.stride(), 0), b),
+        {"stride": 2},
+    ),
+    "negative bias": lambda x, w, b: (
+        (x, w, torch.complex(b, b).conj().imag.as_strided(b.shape, b.stride(), 0)),
+        {"stride": 2},
+    ),
     "view of an imaginary part": lambda x, w, b: ((torch.complex(x, x).imag, w, b), {"stride": 2}),
     "dtype": lambda x, w, b: (tuple(t.half() for t in (x, w, b)), {"stride": 2}),
 }

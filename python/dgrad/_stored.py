@@ -21,7 +21,7 @@ from .selection import ADD, FUSED, IDENTITY, PROBLEM_FIELDS, Candidate, problem_
 if TYPE_CHECKING:
     from ._core import Problem
 
-FORMAT = 3  # another one where a stored candidate gets another meaning
+FORMAT = 3  # another one where a stored candidate gets another meaning, or may run after all
 FOLDER = re.compile(rf"[A-Za-z0-9.-]{{1,100}}_sm[0-9]{{2,4}}_cudnn-[0-9.]{{5,20}}_v{FORMAT}")
 MAX_BYTES = 64 * 1024
 _MAX_BRACKETS = 4096  # bounds the nesting, and with it the stack that the JSON parser takes
