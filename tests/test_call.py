@@ -18,6 +18,7 @@ import dgrad
 from dgrad import _call, _loader, _ops, config, functional
 from dgrad._call import Call, call_for
 from dgrad._geometry import Geometry, Pair
+from dgrad.exceptions import cudnn_error
 
 GEOMETRY = Geometry((1, 0), (2, 1), (1, 2), 2)
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -228,6 +229,29 @@ def test_want_of_memory_is_not_pytorchs_to_solve(runners: type[ByPyTorch]) -> No
     y, w, bias = tensors()
     runners.error = dgrad.OutOfMemoryError("no room")
     with pytest.raises(dgrad.OutOfMemoryError, match="no room"):
+        made(y, w, bias)(y, w, bias)
+
+
+def test_a_cudnn_that_has_no_memory_to_start_is_asked_again(
+    runners: type[ByPyTorch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    y, w, bias = tensors()
+    call = made(y, w, bias)
+    runners.error = cudnn_error(4004, "cudnnCreate returned 4004", "cudnnCreate", "")
+    with pytest.raises(dgrad.OutOfMemoryError, match="cudnnCreate returned 4004"):
+        call(y, w, bias)
+    runners.error = None
+    torch.testing.assert_close(call(y, w, bias), expected(y, w, bias))
+
+
+def test_a_cudnn_that_cannot_start_in_a_capture_says_what_to_do(
+    runners: type[ByPyTorch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    y, w, bias = tensors()
+    runners.error = cudnn_error(4004, "cudnnCreate returned 4004", "cudnnCreate", "")
+    with pytest.raises(dgrad.CudnnNotInitializedError, match=r"4004; .* before the capture"):
         made(y, w, bias)(y, w, bias)
 
 

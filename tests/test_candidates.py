@@ -136,12 +136,13 @@ def test_a_pass_that_is_less_right_is_rejected_with_its_own_reason(start: Start)
     assert (plain.rejected, right.rejected) == (None, None)
 
 
+@pytest.mark.parametrize("status", [1001, 4004])  # no GPU; no memory for its own state
 @pytest.mark.parametrize("operation", ["convolution", "convolution_bias", "bias_rows"])
 def test_a_cudnn_that_does_not_start_is_not_taken_for_a_refusal(
-    start: Start, operation: str
+    start: Start, operation: str, status: int
 ) -> None:
     core = start(FakeResult("ALGO_1", "FMA_MATH"), bias_rows=engines(1))
-    core.engines[operation] = cudnn_error(1001, "cudnnCreate returned 1001", "cudnnCreate", "")
+    core.engines[operation] = cudnn_error(status, "it does not start", "cudnnCreate", "")
     with pytest.raises(dgrad.CudnnNotInitializedError):
         gather(STRICT_BIASED)
 

@@ -257,11 +257,11 @@ def test_an_unknown_status_is_shown_and_not_hidden(
 @pytest.mark.parametrize("copied", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy])
 def test_an_error_survives_pickling_and_copying(copied: Any) -> None:
     for status in (1001, 3000, 9001):
-        error = exceptions.cudnn_error(status, "some text", "cudnnCreate", "the detail")
+        error = exceptions.cudnn_error(status, "some text", "cudnnFind", "the detail")
         other = copied(error)
         assert type(other) is type(error)
         assert str(other) == "some text"
-        assert (other.status, other.call, other.detail) == (status, "cudnnCreate", "the detail")
+        assert (other.status, other.call, other.detail) == (status, "cudnnFind", "the detail")
 
 
 def test_the_versions_are_told_in_words() -> None:

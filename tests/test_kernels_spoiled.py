@@ -289,7 +289,7 @@ def test_a_capture_says_nothing_of_kernels(
     core: StoredCore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     choose(core, monkeypatch, FUSED)
-    core.unrestorable[FUSED] = cudnn_error(4004, "no memory", "cudnnCreate", "")
+    core.unrestorable[FUSED] = cudnn_error(4004, "no memory", "cudnnBackendFinalize", "")
     dgrad.plan_cache.clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     candidate = store.read(BIASED)

@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 _ALLOCATION_FAILED = (4003, 4004)  # CUDNN_STATUS_INTERNAL_ERROR_HOST / DEVICE_ALLOCATION_FAILED
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether memory is what lacked, PyTorch's or cuDNN's own."""
+    of_cudnn = isinstance(error, CudnnError) and error.status in _ALLOCATION_FAILED
+    return of_cudnn or isinstance(error, TorchOutOfMemoryError)
+
+
 def reason(candidate: Candidate, error: Exception) -> tuple[str, bool]:
     """Why a candidate does not run, in one line, and whether memory is what lacked."""
     text = reason_of(error)
-    out_of_memory = isinstance(error, TorchOutOfMemoryError) or (
-        isinstance(error, CudnnError) and error.status in _ALLOCATION_FAILED
-    )
+    out_of_memory = lacks_memory(error)
     if out_of_memory:
         size = format_bytes(candidate.workspace_bytes)
         text = f"out of memory: no room for its workspace of {size}: {first_line(error)}"

@@ -61,7 +61,8 @@ class CudnnError(RuntimeError):
 
 
 class CudnnNotInitializedError(CudnnError):
-    """Status 1xxx: cuDNN could not start, for example because there is no GPU."""
+    """Status 1xxx, or any of cudnnCreate: cuDNN could not start, for example because there is no
+    GPU, or because a CUDA graph is captured."""
 
 
 class CudnnBadParameterError(CudnnError):
@@ -91,7 +92,8 @@ _BY_CATEGORY: dict[int, type[CudnnError]] = {
 
 def cudnn_error(status: int, text: str, call: str, detail: str) -> CudnnError:
     """The exception for a cuDNN status; the native module calls this."""
-    return _BY_CATEGORY.get(status // 1000, CudnnError)(text, status, call, detail)
+    category = 1 if call == "cudnnCreate" else status // 1000
+    return _BY_CATEGORY.get(category, CudnnError)(text, status, call, detail)
 
 
 class NotSupportedError(RuntimeError):
