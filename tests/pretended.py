@@ -83,7 +83,7 @@ def selection(of: Any, source: str = "measured") -> dgrad.Selection:
 
 def record(of: Any) -> str:
     fields = selection(of).to_dict()
-    return json.dumps({"format": 3, "gpu": "another GPU", **fields})
+    return json.dumps({"format": 4, "gpu": "another GPU", **fields})
 
 
 class Pretended:

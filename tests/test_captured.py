@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dgrad
-from dgrad import _runner, config
+from dgrad import _runner, config, log
 from dgrad._runner import Runner
 from dgrad._watch import watching
 from dgrad.planner import for_graphs
 from dgrad.selection import Candidate
 from fake_cudnn import REFUSED, FakeCore, FakeProblem, FakeResult, Start, W, X, Y, fake_times, names
+
+NOT_FOR_GRAPHS = (
+    "a CUDA graph gets what eager calls get, and not dgrad::dgrad legacy:GEMM (DEFAULT_MATH): CUDA "
+    "out of memory."
+)
 
 
 def engine(device_ms: float | None, **changes: object) -> Candidate:
@@ -58,6 +64,7 @@ def test_the_fastest_of_several_is_taken_and_of_equals_the_smaller() -> None:
 
 @pytest.fixture
 def core(start: Start, monkeypatch: pytest.MonkeyPatch) -> FakeCore:
+    monkeypatch.setattr(log, "_warned", {})
     core = start(FakeResult("ALGO_1"), FakeResult("GEMM"), FakeResult("ALGO_0"))
     times = {"ALGO_1": 0.020, "GEMM": 0.040, "ALGO_0": 0.041}
     fake_times(core, monkeypatch, times, {"ALGO_1": 0.019, "GEMM": 0.005, "ALGO_0": 0.010})
@@ -116,6 +123,19 @@ def test_after_a_rehearsal_a_graph_gets_the_fastest_on_the_device(
     assert run(core, runner) == ["ALGO_1"]
 
 
+def test_a_compiled_plan_that_a_graph_got_stays_for_its_replays(
+    core: FakeCore, runner: Runner, capturing: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_runner, "_loader", SimpleNamespace(require=lambda: core))
+    core.compiling = {"GEMM"}
+    with watching():
+        run(core, runner)
+    assert core.kept_for_graphs == []
+    capturing[0] = True
+    assert run(core, runner) == ["GEMM"]
+    assert core.kept_for_graphs == ["GEMM"]
+
+
 def test_one_that_fails_in_the_rehearsal_gives_its_place_to_the_next(
     core: FakeCore, runner: Runner, capturing: list[bool]
 ) -> None:
@@ -142,12 +162,13 @@ def test_one_whose_workspace_is_over_the_limit_is_not_run(
 
 
 def test_without_memory_in_the_rehearsal_nothing_is_rejected(
-    core: FakeCore, runner: Runner, capturing: list[bool]
+    core: FakeCore, runner: Runner, capturing: list[bool], caplog: pytest.LogCaptureFixture
 ) -> None:
     run(core, runner)
     core.failing["GEMM"] = torch.cuda.OutOfMemoryError("CUDA out of memory.")
     with watching():
         assert run(core, runner)[-1] == "ALGO_1"
+    assert NOT_FOR_GRAPHS in caplog.text
     capturing[0] = True
     assert run(core, runner) == ["ALGO_1"]
     ((selection, _),) = dgrad.selections()
@@ -167,7 +188,7 @@ def test_another_choice_forgets_what_graphs_get(
 
 
 def test_without_memory_in_the_capture_the_chosen_one_runs(
-    core: FakeCore, runner: Runner, capturing: list[bool]
+    core: FakeCore, runner: Runner, capturing: list[bool], caplog: pytest.LogCaptureFixture
 ) -> None:
     with watching():
         run(core, runner)
@@ -176,3 +197,4 @@ def test_without_memory_in_the_capture_the_chosen_one_runs(
     assert run(core, runner)[-1] == "ALGO_1"
     ((selection, _),) = dgrad.selections()
     assert [candidate.rejected for candidate in selection.candidates] == [None] * 3
+    assert NOT_FOR_GRAPHS in caplog.text

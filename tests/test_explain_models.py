@@ -85,17 +85,19 @@ def lazy_model() -> Lazy:
     return Lazy()
 
 
+@pytest.mark.parametrize("by_name", [True, False])
 @pytest.mark.parametrize("backward", [True, False])
 @pytest.mark.parametrize("rehearse", [dgrad.explain, dgrad.warm_up])
 def test_lazy_layers_are_initialized_as_by_a_first_call(
-    rehearse: Callable[..., dgrad.Explanation], backward: bool
+    rehearse: Callable[..., dgrad.Explanation], backward: bool, by_name: bool
 ) -> None:
     called, rehearsed = lazy_model(), lazy_model()
     state = torch.get_rng_state()
     called(X)
     drawn = torch.get_rng_state()
     torch.set_rng_state(state)
-    explanation = rehearse(rehearsed, X, backward=backward)
+    call = (lambda x: rehearsed(x)) if by_name else rehearsed
+    explanation = rehearse(call, X, backward=backward)
     assert len(explanation.notes) == 1
     assert torch.equal(torch.get_rng_state(), drawn)  # or the next model would get these values
     wanted = dict(called.up.named_parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ import dgrad
 from dgrad import _for_graphs, _measuring, log
 from dgrad._runner import Runner
 from dgrad.planner import plan_cache
-from dgrad.selection import Candidate
+from dgrad.selection import IDENTITY, Candidate
 from fallbacks import run_python
 from gpu_layers import relative_error, tensors
 
@@ -66,21 +66,31 @@ def test_a_capture_in_which_cudnn_cannot_start_names_warm_up() -> None:
 def another(
     candidates: Sequence[Candidate], direction: str, policy: object, chosen: int
 ) -> int | None:
-    """In the place of what is faster on the device, which may be the chosen one: any other."""
-    timed = (i for i, c in enumerate(candidates) if c.time_ms is not None and c.rejected is None)
-    return next((i for i in timed if i != chosen), None)
+    """In the place of what is faster on the device, which may be the chosen one: any other, and
+    one that cuDNN compiles if there is one."""
+    timed = [i for i, c in enumerate(candidates) if c.time_ms is not None and c.rejected is None]
+    compiled = (i for i in timed if candidates[i].algorithm.endswith(IDENTITY))
+    return next((i for i in (*compiled, *timed) if i != chosen), None)
 
 
+@pytest.fixture
+def budget() -> Iterator[None]:
+    """Of time for engines that cuDNN compiles."""
+    with dgrad.flags(measure_budget=2.0):
+        yield
+
+
+@pytest.mark.usefixtures("budget")
 def test_a_graph_gets_another_plan_than_calls_of_native_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_for_graphs, "for_graphs", another)
-    by_python: list[object] = []
+    by_python: list[Any] = []
     execute = Runner._execute
 
-    def spy(self: Runner, plan: object, *arguments: Any) -> None:
+    def spy(self: Runner, plan: Any, *arguments: Any) -> None:
         by_python.append(plan)
-        execute(self, plan, *arguments)  # type: ignore[arg-type]
+        execute(self, plan, *arguments)
 
     monkeypatch.setattr(Runner, "_execute", spy)
     x, w = tensors()
@@ -94,6 +104,7 @@ def test_a_graph_gets_another_plan_than_calls_of_native_code(
         dgrad.warm_up(call, backward=False)
         other, chosen = by_python
         assert other is not chosen
+        assert other.compiles
         call()
         hits = dgrad.plan_cache.hits
         call()
@@ -112,12 +123,19 @@ def test_a_graph_gets_another_plan_than_calls_of_native_code(
     assert relative_error(y, F.conv_transpose2d(x.double(), w.double())) < 2e-3
 
 
+@pytest.mark.usefixtures("budget")
 @pytest.mark.parametrize("gets_another", [False, True])
 def test_after_warm_up_a_training_step_is_captured_and_its_replays_stay_right(
     monkeypatch: pytest.MonkeyPatch, gets_another: bool
 ) -> None:
+    places: list[int | None] = []
+
+    def recorded(*arguments: Any) -> int | None:
+        places.append(another(*arguments))
+        return places[-1]
+
     if gets_another:
-        monkeypatch.setattr(_for_graphs, "for_graphs", another)
+        monkeypatch.setattr(_for_graphs, "for_graphs", recorded)
     torch.manual_seed(0)
     make = [
         dgrad.ConvTranspose2d(16, 32, 4, 2, 1, device="cuda"),
@@ -140,6 +158,9 @@ def test_after_warm_up_a_training_step_is_captured_and_its_replays_stay_right(
     # The input needs no gradient, so the first layer has no fprop.
     directions = [s.problem.direction for s in explanation.selections]
     assert sorted(directions) == ["dgrad", "dgrad", "fprop", "wgrad", "wgrad"]
+
+    assert None not in places
+    assert len(places) >= 5 * gets_another
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

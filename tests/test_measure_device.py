@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dgrad.exceptions import TorchOutOfMemoryError
 from fake_device import Device, Failure, time
 
 
@@ -107,4 +108,21 @@ def test_one_that_fails_on_the_device_leaves(device: Device) -> None:
     assert time([failing, other]) == [None, 0.03]
     assert failing.device_ms is None
     assert str(failing.error) == "held"
+    assert other.device_ms == pytest.approx(0.03)
+
+
+def test_want_of_memory_beside_what_empties_the_cache_is_no_failure(device: Device) -> None:
+    asked = 0
+
+    def lack_when_held(run: int) -> float:
+        nonlocal asked
+        if device.held:
+            asked += 1
+            raise TorchOutOfMemoryError("CUDA out of memory.")
+        return 0.03
+
+    lacking = device.contestant("a", lack_when_held)
+    other = device.contestant("b", 0.03)
+    assert time([lacking, other]) == [0.03, 0.03]
+    assert (lacking.device_ms, lacking.error, asked) == (None, None, 1)
     assert other.device_ms == pytest.approx(0.03)

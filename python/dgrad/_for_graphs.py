@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import _kernels, store
+from . import _kernels, log, store
 from ._measuring import FAILURES
 from .exceptions import TorchOutOfMemoryError
 from .planner import for_graphs, objection
@@ -57,7 +57,8 @@ def plan_for_graphs(
             if objection(knowledge.candidates[place], problem.direction, policy) is not None:
                 continue  # the plan knows a larger workspace than the heuristic did
             execute(plan, candidate.bias)
-        except TorchOutOfMemoryError:  # the chosen one runs, and no other thread lacks any
+        except TorchOutOfMemoryError as error:  # the chosen one runs, no other thread lacks any
+            log.not_for_graphs(label_of(problem, candidate), error)
             return None
         except FAILURES as error:
             if not (restored and _kernels.distrust(problem, candidate, error)):

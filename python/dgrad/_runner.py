@@ -101,6 +101,7 @@ class Runner:
                 if isinstance(error, CudnnError) and torch.cuda.is_current_stream_capturing():
                     raise  # of the capture, perhaps, and not of the candidate
                 if plan is not self._plan:
+                    log.not_for_graphs(label, error)
                     self._for_graphs = None
                     continue
                 candidate = self._knowledge.candidates[self._index]
@@ -237,9 +238,9 @@ class Runner:
                 continue  # the plan knows a larger workspace than the heuristic did
             # An interrupt finds all of one choice: what may call Python comes first.
             label = label_of(problem, candidate)
+            self._for_graphs = None
             self.use, self._label, self._restored = None, label, restored
             self._index, self._bias, self._plan = index, candidate.bias, plan
-            self._for_graphs = None
             if self._provisional:
                 log.captured(problem)
             if outdated:  # so that no other process tries what is not to be had any more

@@ -79,9 +79,7 @@ def undisturbed(call: object) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
     ]
     begun = {module for module, _, _, before in buffers if before is None}
-    lazy = any(
-        is_lazy(t) for m in modules_of(call) for t in (*m.parameters(False), *m.buffers(False))
-    )
+    lazy = any(is_lazy(t) for m in modules for t in (*m.parameters(False), *m.buffers(False)))
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices, enabled=not lazy):
         try:

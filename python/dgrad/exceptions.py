@@ -101,4 +101,5 @@ class NotSupportedError(RuntimeError):
 
 
 class OutOfMemoryError(NotSupportedError, TorchOutOfMemoryError):
-    """No candidate can run the call, and for at least one only memory is missing."""
+    """No candidate can run the call, and for at least one only memory is missing; or there is none
+    for cuDNN to start with."""

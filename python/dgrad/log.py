@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._loader import cudnn_version
+from .exceptions import first_line
 from .selection import Candidate, Selection
 
 if TYPE_CHECKING:
@@ -194,6 +195,13 @@ def captured(problem: object) -> None:
         "nothing can be measured while a CUDA graph is captured: cuDNN's heuristic chooses for "
         "%s; call dgrad.warm_up(model, *inputs) before the capture",
         problem,
+    )
+
+
+def not_for_graphs(label: str, error: Exception) -> None:
+    """One WARNING for candidates that CUDA graphs were to get, and do not."""
+    warn_of_first(
+        "a CUDA graph gets what eager calls get, and not %s: %s", label, first_line(error)
     )
 
 

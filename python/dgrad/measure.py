@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .exceptions import TorchOutOfMemoryError
+
 _ROUNDS = 5
 _SURE_ROUNDS = 2  # whatever the budget: a single run says little
 _SAMPLE_MS = 1.0  # a sample is so many runs back to back that it takes about this long
@@ -301,10 +303,12 @@ def _sample_device(
         for contestant in order.sample(close, len(close)):
             try:
                 contestant.device_samples_ms.append(contestant.sample_device(flush))
+            except TorchOutOfMemoryError:  # what empties the cache holds some: it has run before
+                contestant.device_samples_ms.clear()
             except errors as error:
                 contestant.fail(error)
-        fastest = min((t for c in close if (t := c.device_ms) is not None), default=least)
-        least = min(least, fastest)
+        close = [c for c in close if c.device_ms is not None]
+        least = min((least, *(c.device_ms or math.inf for c in close)))
         close = [c for c in close if (c.device_ms or math.inf) <= _LEAVE_FACTOR * least]
     return least
 
