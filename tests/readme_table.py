@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def log_line(record: dict[str, Any]) -> str:
 
 
 def host_table(record: dict[str, Any]) -> str:
-    """The host's time of one call of the smallest layer."""
+    """The host's time of one call of the smallest layer, and how it compares for all of them."""
     lines = [
         "| tiny layer | bias | PyTorch, us (99 %) | dgrad, us (99 %) | dgrad / PyTorch |",
         "|---|---|---|---|---|",
@@ -91,20 +92,53 @@ def host_table(record: dict[str, Any]) -> str:
         for case in record["cases"]
         if case["layer"] == "tiny"
     ]
+    by_call: dict[str, list[dict[str, Any]]] = {}
+    for case in record["cases"]:
+        by_call.setdefault(case["call"], []).append(case)
+    layers = len({case["layer"] for case in record["cases"]})
+    lines += [
+        f"\n| {layers} layers, dgrad / PyTorch | geometric mean | largest |",
+        "|---|---|---|",
+    ]
+    for call, cases in by_call.items():
+        worst = max(cases, key=lambda case: case["ratio"])
+        name = worst["layer"] + (" with bias" if worst["bias"] else "")
+        lines.append(f"| {call} | {_geomean(cases):.2f} | {worst['ratio']:.2f} ({name}) |")
     return "\n".join(lines)
+
+
+def bias_table(record: dict[str, Any]) -> str:
+    """The layers with a bias against the same without, by dtype and layout."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for case in record["cases"]:
+        groups.setdefault(f"{case['dtype']} {case['layout']}", []).append(case)
+    lines = [
+        "| dtype, layout | layers | more than 1.15 | geometric mean | largest |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {len(cases)} | {sum(case['ratio'] > 1.15 for case in cases)} | "
+        f"{_geomean(cases):.2f} | {max(case['ratio'] for case in cases):.2f} |"
+        for name, cases in [*groups.items(), ("all", record["cases"])]
+    ]
+    return "\n".join(lines)
+
+
+def _geomean(cases: list[dict[str, Any]]) -> float:
+    return statistics.geometric_mean(case["ratio"] for case in cases)
 
 
 def bench_table(record: dict[str, Any]) -> str:
     """The groups of a bench, and its best and worst cases."""
     summary = record["summary"]
     lines = [
-        "| dtype, layout | layers | slower than 0.97 | geometric mean | smallest |",
-        "|---|---|---|---|---|",
+        "| dtype, layout | layers | slower than 0.97 | geometric mean | smallest | eager mode |",
+        "|---|---|---|---|---|---|",
     ]
     rows = [(f"{g['dtype']} {g['layout']}", g) for g in summary["groups"]]
     lines += [
         f"| {name} | {g['cases']} | {g['slower']} | {g['geomean_ratio']:.2f} | "
-        f"{g['min_ratio']:.2f} |"
+        f"{g['min_ratio']:.2f} | {g['geomean_eager_ratio']:.2f} |"
         for name, g in [*rows, ("all", summary)]
     ]
     for which in ("best", "worst"):
@@ -122,6 +156,7 @@ def updated(readme: str) -> str:
         ("bench", bench_table),
         ("log", log_line),
         ("host", host_table),
+        ("bias", bias_table),
     ):
         pattern = rf"(<!-- {kind}: (\S+) -->\n).*?(<!-- end -->)"
 

@@ -34,7 +34,7 @@ LEGACY = Candidate("legacy", "ALGO_1", "FMA_MATH", True, 0, time_ms=0.02, device
     ("other", "flags", "index"),
     [
         (engine(0.010), {}, 1),
-        (engine(0.0196), {}, None),  # within the noise
+        (engine(0.0197), {}, None),  # within the noise
         (engine(None), {}, None),
         (engine(0.010, time_ms=None), {}, None),
         (engine(0.010, rejected="it is wrong"), {}, None),
