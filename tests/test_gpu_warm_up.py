@@ -15,7 +15,7 @@ import dgrad
 from dgrad import _for_graphs, _measuring, log
 from dgrad._runner import Runner
 from dgrad.planner import plan_cache
-from dgrad.selection import IDENTITY, Candidate
+from dgrad.selection import FUSED, IDENTITY, Candidate
 from fallbacks import run_python
 from gpu_layers import relative_error, tensors
 
@@ -69,7 +69,11 @@ def another(
     """In the place of what is faster on the device, which may be the chosen one: any other, and
     one that cuDNN compiles if there is one."""
     timed = [i for i, c in enumerate(candidates) if c.time_ms is not None and c.rejected is None]
-    compiled = (i for i in timed if candidates[i].algorithm.endswith(IDENTITY))
+    compiled = (
+        i
+        for i in timed
+        if candidates[i].algorithm.endswith(IDENTITY) or candidates[i].bias == FUSED
+    )
     return next((i for i in (*compiled, *timed) if i != chosen), None)
 
 
