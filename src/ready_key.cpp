@@ -41,8 +41,7 @@ bool is_plain(PyObject* value, int levels = 2) {
 
 // A negative view shares all that is read off a tensor with what it is the negative of. PyTorch
 // makes them of imaginary parts, which are not aligned; as_strided can move them to where they are.
-// To ask each tensor would give the GIL to other threads: asked are those that autograd calls
-// views.
+// Those are asked that autograd calls views: to ask each would give the GIL to other threads.
 bool is_negative_view(const py::object& tensor) {
     static const py::str &base = interned("_base"), &is_neg = interned("is_neg");
     return !attribute(tensor, base).is_none() && call_method(tensor, is_neg).ptr() != Py_False;

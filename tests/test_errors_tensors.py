@@ -69,11 +69,12 @@ def test_mixed_tensors_are_refused(arguments: tuple[Any, Any], words: list[str])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_bias_of_another_type_is_pytorchs_to_judge_outside_cuda(dtype: torch.dtype) -> None:
     x, w = X.to(dtype), W.to(dtype)
-    for bias in (BIAS, BIAS.half()):
+    for bias in (BIAS, BIAS.half(), BIAS.to(torch.complex64)):
         try:
             wanted = F.conv_transpose2d(x, w, bias)
         except RuntimeError:
-            with pytest.raises(RuntimeError, match="bias"):
+            words = f"bias has dtype {bias.dtype}, expected {dtype}"
+            with pytest.raises(RuntimeError, match=words):
                 dgrad.conv_transpose2d(x, w, bias)
         else:
             found = dgrad.conv_transpose2d(x, w, bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import dgrad
 from dgrad import _loader
+from fallbacks import run_python
 from gpu_cases import UPSAMPLING, check, forward
 from gpu_layers import held_bytes
 from reference import arguments, assert_close, expected, pytorch, results
@@ -272,3 +274,28 @@ def test_a_call_between_pytorchs_own_calls_changes_neither() -> None:
             again = pytorch(given.input, given.weight, given.bias, **UPSAMPLING.options)
             assert torch.equal(theirs, again)
     check(UPSAMPLING, given, {"output": ours})
+
+
+@pytest.mark.parametrize(
+    ("provider", "function"),
+    [("graph", "cudnnBackendExecute"), ("legacy", "cudnnConvolutionBackwardData")],
+)
+def test_a_repeated_call_asks_cudnn_for_the_convolution_alone(provider: str, function: str) -> None:
+    # By cuDNN's own log. Outputs take turns at two addresses.
+    code = f"""
+        import sys, torch, dgrad
+        x, w = (torch.randn(2, 8, 16, 16, device="cuda") for _ in "xw")
+        with torch.no_grad(), dgrad.flags(algorithm={provider!r}):
+            for part in ("first", "later"):
+                print(part, file=sys.stderr, flush=True)
+                for _ in range(4):
+                    y = dgrad.conv_transpose2d(x, w, stride=2)
+            print("end", file=sys.stderr, flush=True)
+    """
+    ran = run_python(code, CUDNN_LOGLEVEL_DBG="3", CUDNN_LOGDEST_DBG="stderr")
+    assert ran.returncode == 0, ran.stderr
+    _, first, later, _ = re.split(r"^(?:first|later|end)$", ran.stderr, flags=re.MULTILINE)
+    called = re.findall(r"function (cudnn\w+)\(\) called", later)
+    assert f"function {function}() called" in first
+    assert called.count(function) == 4
+    assert not [name for name in called if re.search("Create|Get|Finalize", name)], called

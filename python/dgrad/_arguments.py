@@ -145,15 +145,16 @@ def check_sizes(
                 f"{stride[i]} or dilation {dilation[i]}"
             )
     size = output_size(input.shape[-2:], weight.shape[-2:], geometry, output_padding)
+    images = input.shape[0] if input.dim() == 4 else 1
+    wrong = None
     if any(side < 1 for side in size):
+        wrong = f"{size}, expected at least 1"
+    elif is_known(images * channels * size[0] * size[1] * input.element_size() > _INT64_MAX):
+        wrong = f"{(images, channels, *size)}, expected at most {_INT64_MAX} bytes"
+    if wrong is not None:
         raise RuntimeError(
             f"the output of input {_shape(input)}, weight {_shape(weight)}, stride {stride}, "
             f"padding {padding}, output_padding {output_padding}, dilation {dilation} has "
-            f"size {size}, expected at least 1"
-        )
-    images = input.shape[0] if input.dim() == 4 else 1
-    if is_known(images * channels * size[0] * size[1] * input.element_size() > _INT64_MAX):
-        raise RuntimeError(
-            f"the output has size {(images, channels, *size)}, expected at most {_INT64_MAX} bytes"
+            f"size {wrong}"
         )
     return size

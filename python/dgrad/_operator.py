@@ -59,8 +59,10 @@ def conv_transpose2d(
             input, weight, bias, stride, padding, output_padding, groups, dilation
         )
     except RuntimeError as error:
-        words = _no_kernel(input, error) or _too_large(
-            input, weight, stride, padding, output_padding, dilation
+        words = (
+            _no_kernel(input, error)
+            or _too_large(input, weight, stride, padding, output_padding, dilation)
+            or _other_bias(input, bias)
         )
         if words is None:
             raise
@@ -77,6 +79,13 @@ def _no_kernel(input: Tensor, error: RuntimeError) -> str | None:
         f"{input.device.type}: expected a floating-point dtype, such as input.float() with "
         "weight.float()"
     )
+
+
+def _other_bias(input: Tensor, bias: Tensor | None) -> str | None:
+    """PyTorch adds some of another dtype on the CPU, and not others."""
+    if bias is None or bias.dtype is input.dtype:
+        return None
+    return f"bias has dtype {bias.dtype}, expected {input.dtype}, the dtype of input"
 
 
 def _too_large(
