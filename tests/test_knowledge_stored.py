@@ -15,7 +15,7 @@ from dgrad import _knowledge, config
 from dgrad._knowledge import Knowledge, knowledge_of
 from dgrad._runner import Runner
 from dgrad._watch import watching
-from dgrad.exceptions import cudnn_error
+from dgrad.exceptions import TorchOutOfMemoryError, cudnn_error
 from dgrad.selection import Candidate
 from fake_cudnn import (
     BIAS,
@@ -64,12 +64,23 @@ TIMES: dict[str, float | None] = {
 
 def run_one(bias: bool, **flags: Any) -> dgrad.Selection:
     """What ran, as explain says it."""
-    policy = config.policy(dgrad.Flags(selection="measure", **flags))
+    policy = config.policy(dgrad.Flags(**{"selection": "measure", **flags}))
     with watching() as events:
         Runner(real_problem(tf32=False, bias=bias), policy).run(X, W, Y, BIAS)
     (selection,) = events
     assert isinstance(selection, dgrad.Selection)
     return selection
+
+
+def test_a_choice_is_a_stored_one_where_another_look_timed_nothing(
+    stored: StoredCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = fake_times(stored, monkeypatch, TIMES | {"ALGO_1": None})
+    assert run_one(False).source == "measured"
+    dgrad.plan_cache.clear()
+    stored.failing["ALGO_1"] = TorchOutOfMemoryError("no room")
+    assert run_one(False, selection="exhaustive").source == "stored"
+    assert measured[1] == []
 
 
 @pytest.mark.parametrize(

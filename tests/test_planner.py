@@ -151,3 +151,7 @@ def test_the_flags_in_force_are_in_the_snippet(start: Start) -> None:
     assert "it is not deterministic" in text
     assert "its workspace of 1.0 MiB is over workspace_limit 1000 B" in text
     assert "allow_tf32=True, deterministic=True, workspace_limit=1000, fallback='error'" in text
+    # Also against PyTorch's switch, which the reader may have turned.
+    assert "deterministic=False, workspace_limit=10," in refused(
+        workspace_limit=10, algorithm="graph"
+    )

@@ -135,6 +135,8 @@ def test_flags_choose_among_known_times_without_measuring(
     assert limited.verdicts()[0].endswith("(50.0 % faster)")
     words = "with 2.0 MiB of workspace legacy:ALGO_1 (DEFAULT_MATH) would be 50.0 % faster"
     assert str(limited).endswith(f"; {words}")
+    for source in ("forced", "heuristic"):  # no larger limit would let it run
+        assert "of workspace" not in str(replace(limited, source=source))
 
 
 @pytest.mark.parametrize(

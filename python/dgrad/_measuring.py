@@ -91,7 +91,8 @@ class Measuring:
         budget_s = policy.measure_budget if policy.selection == "measure" else None
         measure([enter(index) for index in indices], budget_s, FAILURES, late)
         self._learn(contestants)
-        knowledge.source = "measured"
+        if any(contestant.time_ms is not None for contestant in contestants.values()):
+            knowledge.source = "measured"
         candidates = knowledge.candidates
         if any(candidate.time_ms is not None for candidate in candidates):
             store.write(problem, candidates)

@@ -52,7 +52,7 @@ def nothing_usable(knowledge: Knowledge, policy: Policy) -> NotSupportedError:
         name: value
         for name, value in (
             ("allow_tf32", problem.tf32 if problem.dtype == "float32" else None),
-            ("deterministic", policy.deterministic or None),
+            ("deterministic", policy.deterministic),
             ("workspace_limit", policy.workspace_limit),
             (
                 "algorithm",

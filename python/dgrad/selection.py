@@ -214,6 +214,8 @@ class Selection:
 
     def _over_limit(self) -> str:
         """What a larger workspace_limit would bring, where that was measured."""
+        if self.source in ("forced", "heuristic"):  # times do not decide
+            return ""
         ratios = {
             candidate: ratio
             for candidate, objection in zip(self.candidates, self.objections, strict=True)
