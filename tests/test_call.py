@@ -18,6 +18,7 @@ import dgrad
 from dgrad import _call, _loader, _ops, config, functional
 from dgrad._call import Call, call_for
 from dgrad._geometry import Geometry, Pair
+from dgrad._refusal import failed
 from dgrad.exceptions import cudnn_error
 
 GEOMETRY = Geometry((1, 0), (2, 1), (1, 2), 2)
@@ -33,6 +34,7 @@ class ByPyTorch:
 
     def __init__(self, problem: Any, policy: config.Policy) -> None:
         self.problem = problem
+        self.policy = policy
         self.made.append(self)
 
     def run(self, x: Tensor, w: Tensor, y: Tensor, bias: Tensor | None = None) -> None:
@@ -58,6 +60,9 @@ class ByPyTorch:
             y.copy_(F.conv2d(x, w, None, *geometry))
         else:
             w.copy_(conv2d_weight(x, problem.w, y, *geometry))
+
+    def failed(self, error: dgrad.CudnnError) -> RuntimeError:
+        return failed(error, self.problem, self.policy)
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +237,12 @@ def test_want_of_memory_is_not_pytorchs_to_solve(runners: type[ByPyTorch]) -> No
         made(y, w, bias)(y, w, bias)
 
 
+def assert_says_how_to_reproduce(error: Exception) -> None:
+    _, lines = str(error).split("\nTo reproduce:\n\n")
+    compile(lines, "pasted", "exec")
+    assert "dgrad.conv_transpose2d(x, w, b" in lines
+
+
 def test_a_cudnn_that_has_no_memory_to_start_is_asked_again(
     runners: type[ByPyTorch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,8 +250,9 @@ def test_a_cudnn_that_has_no_memory_to_start_is_asked_again(
     y, w, bias = tensors()
     call = made(y, w, bias)
     runners.error = cudnn_error(4004, "cudnnCreate returned 4004", "cudnnCreate", "")
-    with pytest.raises(dgrad.OutOfMemoryError, match="cudnnCreate returned 4004"):
+    with pytest.raises(dgrad.OutOfMemoryError, match="cudnnCreate returned 4004") as caught:
         call(y, w, bias)
+    assert_says_how_to_reproduce(caught.value)
     runners.error = None
     torch.testing.assert_close(call(y, w, bias), expected(y, w, bias))
 
@@ -251,8 +263,11 @@ def test_a_cudnn_that_cannot_start_in_a_capture_says_what_to_do(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     y, w, bias = tensors()
     runners.error = cudnn_error(4004, "cudnnCreate returned 4004", "cudnnCreate", "")
-    with pytest.raises(dgrad.CudnnNotInitializedError, match=r"4004; .* before the capture"):
+    match = r"4004; .* before the capture"
+    with pytest.raises(dgrad.CudnnNotInitializedError, match=match) as caught:
         made(y, w, bias)(y, w, bias)
+    assert_says_how_to_reproduce(caught.value)
+    assert (caught.value.status, caught.value.call) == (4004, "cudnnCreate")
 
 
 def biases() -> Sequence[Tensor | None]:

@@ -53,3 +53,28 @@ def test_a_sparse_or_nested_tensor_raises_what_pytorch_raises(name: str, kind: s
         pytorch(**tensors)
     with pytest.raises(type(theirs.value), match=f"{name} .*{kind}.*, expected a dense tensor"):
         dgrad.conv_transpose2d(**tensors)
+
+
+@pytest.mark.parametrize("kind", ["quantized", "meta"])
+@pytest.mark.parametrize("name", ["input", "weight", "bias"])
+def test_a_quantized_or_meta_tensor_among_others_raises_what_pytorch_raises(
+    name: str, kind: str
+) -> None:
+    x, w = torch.randn(1, 3, 4, 4, device="cuda"), torch.randn(3, 2, 3, 3, device="cuda")
+    tensors = {"input": x, "weight": w, "bias": torch.randn(2, device="cuda")}
+    good = dgrad.conv_transpose2d(**tensors)  # a remembered call of the same sizes
+    given = dict(tensors)
+    if kind == "meta":
+        given[name] = tensors[name].to("meta")
+    else:
+        given[name] = torch.quantize_per_tensor(tensors[name], 0.1, 0, torch.qint8)
+    if (name, kind) == ("input", "meta"):  # PyTorch infers the shape, whatever holds the rest
+        found = dgrad.conv_transpose2d(**given)
+        assert (found.device.type, found.shape) == ("meta", good.shape)
+    else:
+        with pytest.raises(RuntimeError) as theirs:
+            pytorch(**given)
+        words = r"is on meta, expected cuda" if kind == "meta" else r"is quantized \(torch.qint8\)"
+        with pytest.raises(type(theirs.value), match=f"{name} {words}"):
+            dgrad.conv_transpose2d(**given)
+    assert torch.equal(dgrad.conv_transpose2d(**tensors), good)

@@ -61,6 +61,7 @@ def test_a_capture_in_which_cudnn_cannot_start_names_warm_up() -> None:
             pass
     """)
     assert "call dgrad.warm_up(model, *inputs) on this thread before the capture" in ran.stdout, ran
+    assert "To reproduce:" in ran.stdout
 
 
 def another(

@@ -315,3 +315,15 @@ def test_the_first_record_of_a_process_follows_the_variable(
     finally:
         monkeypatch.delenv("DGRAD_LOG")
         log._configure()
+
+
+def test_each_problem_of_a_capture_is_told_and_the_first_as_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "_warned", {})
+    caplog.set_level(logging.INFO, "dgrad")
+    for number in range(3):
+        log.captured(f"problem {number}")
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
+    for number, record in enumerate(caplog.records):
+        assert f"problem {number}; call dgrad.warm_up(model, *inputs)" in record.getMessage()

@@ -15,7 +15,6 @@ from torch import Tensor
 from . import _fallback, _loader, _reproduction, config, log
 from ._geometry import Geometry, Pair
 from ._operands import DTYPES, INPUTS, OUTPUT, check_numbers, memory_format, output_shape
-from ._refusal import in_capture, lacks_memory
 from ._runner import Runner
 from ._watch import note, watchers
 from .config import Deciding, Flags
@@ -155,11 +154,7 @@ class Call:
             self._reason = str(error)
             log.fallback(self._reason)
         except CudnnError as error:
-            if torch.cuda.is_current_stream_capturing():
-                raise in_capture(error) from error
-            if lacks_memory(error):  # for cuDNN's own state
-                raise OutOfMemoryError(f"dgrad is out of memory: {error}") from error
-            raise
+            raise self._parts[0][0].failed(error) from error
         return self(a, b, bias)
 
     def ready(self, recipe: Callable[[], tuple[object, ReadyGradients | None]]) -> ReadyCall | None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from . import _reproduction
 from .exceptions import (
     CudnnError,
@@ -19,6 +21,7 @@ from .planner import objection
 from .selection import Candidate, format_bytes, reasons_table
 
 if TYPE_CHECKING:
+    from ._core import Problem
     from ._knowledge import Knowledge
     from .config import Policy
 
@@ -48,6 +51,38 @@ def nothing_usable(knowledge: Knowledge, policy: Policy) -> NotSupportedError:
         (candidate, objection(candidate, problem.direction, policy) or "not tried")
         for candidate in knowledge.candidates
     ]
+    lacking = [
+        index
+        for index, (candidate, _) in enumerate(reasons)
+        if candidate.out_of_memory
+        and objection(replace(candidate, rejected=None), problem.direction, policy) is None
+    ]
+    for index in lacking:  # with nothing else to run, memory is worth another look
+        knowledge.update(index, rejected=None, out_of_memory=False)
+    knowledge.pack()
+    out_of_memory = bool(lacking)
+    what = "is out of memory for" if out_of_memory else "has no usable candidate for"
+    message = f"dgrad {what} {problem}\n{reasons_table(reasons)}\n{_again(problem, policy)}"
+    return OutOfMemoryError(message) if out_of_memory else NotSupportedError(message)
+
+
+def failed(error: CudnnError, problem: Problem, policy: Policy) -> RuntimeError:
+    """What to raise for an error of cuDNN's that is no candidate's: it does not start, mostly."""
+    text = str(error)
+    if torch.cuda.is_current_stream_capturing():
+        text += (
+            "; while a CUDA graph is captured, when cuDNN cannot start on a thread: call "
+            "dgrad.warm_up(model, *inputs) on this thread before the capture"
+        )
+    elif lacks_memory(error):  # for cuDNN's own state
+        return OutOfMemoryError(
+            f"dgrad is out of memory for {problem}: {error}\n{_again(problem, policy)}"
+        )
+    text += f"\n{_again(problem, policy)}"
+    return type(error)(text, error.status, error.call, error.detail)
+
+
+def _again(problem: Problem, policy: Policy) -> str:
     flags = {
         name: value
         for name, value in (
@@ -62,28 +97,4 @@ def nothing_usable(knowledge: Knowledge, policy: Policy) -> NotSupportedError:
         )
         if value is not None
     }
-    lacking = [
-        index
-        for index, (candidate, _) in enumerate(reasons)
-        if candidate.out_of_memory
-        and objection(replace(candidate, rejected=None), problem.direction, policy) is None
-    ]
-    for index in lacking:  # with nothing else to run, memory is worth another look
-        knowledge.update(index, rejected=None, out_of_memory=False)
-    knowledge.pack()
-    out_of_memory = bool(lacking)
-    what = "is out of memory for" if out_of_memory else "has no usable candidate for"
-    message = (
-        f"dgrad {what} {problem}\n{reasons_table(reasons)}\n"
-        f"To reproduce:\n\n{_reproduction.of_problem(problem, flags)}\n"
-    )
-    return OutOfMemoryError(message) if out_of_memory else NotSupportedError(message)
-
-
-def in_capture(error: CudnnError) -> CudnnError:
-    """The same error with what to do about one that a capture brings about."""
-    hint = (
-        "while a CUDA graph is captured, when cuDNN cannot start on a thread: call "
-        "dgrad.warm_up(model, *inputs) on this thread before the capture"
-    )
-    return type(error)(f"{error}; {hint}", error.status, error.call, error.detail)
+    return f"To reproduce:\n\n{_reproduction.of_problem(problem, flags)}\n"

@@ -16,7 +16,7 @@ from ._candidates import make_plan, other_precision, pass_operation
 from ._for_graphs import ForGraphs, label_of, plan_for_graphs
 from ._knowledge import Use, knowledge_of
 from ._measuring import FAILURES, UNPLANNABLE, Measuring, timing_policy
-from ._refusal import nothing_usable, reason
+from ._refusal import failed, nothing_usable, reason
 from ._watch import note, observers, profiling, watchers
 from .config import Policy
 from .exceptions import CudnnError, CudnnNotInitializedError
@@ -313,6 +313,10 @@ class Runner:
         self._knowledge.forget(chosen=index)
         candidate = self._knowledge.reject(index, text, out_of_memory)
         log.rejected(self._problem, candidate)
+
+    def failed(self, error: CudnnError) -> RuntimeError:
+        """What to raise for an error of cuDNN's that is no candidate's."""
+        return failed(error, self._problem, self._policy)
 
     def selection(self) -> Selection:
         """What this runner has chosen, and why."""

@@ -157,13 +157,15 @@ def warn_of_first(message: str, *arguments: object) -> None:
     warn_once(message, message + "; this is told of the first one only", *arguments)
 
 
-def warn_once(about: str, message: str, *arguments: object) -> None:
-    """One WARNING for each thing that a process warns about."""
+def warn_once(about: str, message: str, *arguments: object) -> bool:
+    """One WARNING for each thing that a process warns about; whether this was it."""
     mine = object()
-    if _warned.setdefault(about, mine) is mine:  # atomic: one thread of several warns
+    new = _warned.setdefault(about, mine) is mine  # atomic: one thread of several warns
+    if new:
         _configure()
         # As text: an exception in a record would keep its frames, and their tensors, alive.
         logger.warning(message, *map(str, arguments))
+    return new
 
 
 def rejected(problem: object, candidate: Candidate) -> None:
@@ -190,12 +192,15 @@ def without_gradients(call: str, why: str) -> None:
 
 
 def captured(problem: object) -> None:
-    """One WARNING for problems first met while a CUDA graph is captured."""
-    warn_of_first(
+    """One WARNING for the first problem met while a CUDA graph is captured, an INFO line for each
+    other one."""
+    message = (
         "nothing can be measured while a CUDA graph is captured: cuDNN's heuristic chooses for "
-        "%s; call dgrad.warm_up(model, *inputs) before the capture",
-        problem,
+        "%s; call dgrad.warm_up(model, *inputs) before the capture"
     )
+    if not warn_once(message, message + "; INFO lines tell of further ones", problem):
+        _configure()
+        logger.info(message, problem)
 
 
 def not_for_graphs(label: str, error: Exception) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: F401  (for TorchScript, see the end)
@@ -12,6 +14,7 @@ from ._words import shown
 from .config import Flags
 from .functional import conv_transpose2d
 
+_INIT = torch.nn.ConvTranspose2d.__init__
 _OUTPUT_PADDING = torch.nn.ConvTranspose2d._output_padding
 
 
@@ -40,6 +43,17 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
 
     flags: Flags | None = None
     __jit_ignored_attributes__ = ("flags",)
+
+    if not TYPE_CHECKING:  # for which the constructor is PyTorch's
+
+        @functools.wraps(_INIT)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            try:
+                super().__init__(*arguments, **options)
+            except ValueError as error:
+                given = inspect.signature(_INIT).bind(self, *arguments, **options)
+                values = (f"{n}={shown(v)}" for n, v in given.arguments.items() if n != "self")
+                raise ValueError(f"{error}, in ConvTranspose2d({', '.join(values)})") from error
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution of ``input``.
@@ -102,6 +116,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
             if output_size is None:
                 raise
             raise _no_size(output_size) from error
+        except ValueError as error:
+            raise ValueError(f"output_size is {shown(output_size)}: {error}") from error
         if output_size is not None and any(isinstance(each, float) for each in chosen):
             raise _no_size(output_size)
         return chosen
