@@ -117,6 +117,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
                 raise
             raise _no_size(output_size) from error
         except ValueError as error:
+            if type(error) is not ValueError:  # of torch.fx
+                raise
             raise ValueError(f"output_size is {shown(output_size)}: {error}") from error
         if output_size is not None and any(isinstance(each, float) for each in chosen):
             raise _no_size(output_size)
