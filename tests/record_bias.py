@@ -89,12 +89,23 @@ def _summary(timed: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _kept(path: Path) -> list[dict[str, Any]]:
+    record = json.loads(path.read_text()) if path.exists() else None
+    if record is None or record["meta"]["code_hash"] != code_hash():
+        return []
+    found: list[dict[str, Any]] = record["cases"]
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--only", default="", help="a regular expression of layers' names")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="begin no case after so many seconds"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the file has, if it is of this code"
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     options = parser.parse_args()
@@ -106,7 +117,10 @@ def main() -> int:
         for case in cases("layers", [dtype], LAYOUTS, only=options.only)
         if case.layer.bias
     ]
-    timed = list(_timed(contestant, wanted, ceilings["copy_bytes_per_s"], options.seconds))
+    timed = _kept(options.out) if options.resume else []
+    known = {(case["name"], case["dtype"], case["layout"]) for case in timed}
+    missing = [case for case in wanted if (case.name, case.dtype, case.layout) not in known]
+    timed += _timed(contestant, missing, ceilings["copy_bytes_per_s"], options.seconds)
     meta = {
         "command": "python tests/record_bias.py",
         **contestant.describe(),
