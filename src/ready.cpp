@@ -200,7 +200,6 @@ py::object ReadyCalls::backward(const py::object& context, const py::object& cal
         if (found[i].call == nullptr) return py::none();
     }
     std::array<py::object, 2> results{py::none(), py::none()};
-    const py::object of_bias = is_needed(2) ? sum_over(grad, but_channels_) : py::none();
     for (std::size_t i = 0; i < 2; ++i) {
         if (found[i].call == nullptr) continue;
         const ReadyGradients::Gradient& each = gradients->of[i];
@@ -208,6 +207,8 @@ py::object ReadyCalls::backward(const py::object& context, const py::object& cal
         results[i] = execute(*found[i].call, values[each.first], values[each.second], py::none());
         if (results[i].is_none()) return py::none();
     }
+    // Last, as in PyTorch: a sum is slow to fetch what the others bring into the cache.
+    const py::object of_bias = is_needed(2) ? sum_over(grad, but_channels_) : py::none();
     return py::make_tuple(results[0], results[1], of_bias, py::none());
 }
 

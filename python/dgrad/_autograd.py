@@ -283,17 +283,17 @@ def _long_way(
     made = _recipe(ctx.made)
     a, b = saved
     needed, nodes = ctx.needs_input_grad, ctx.next_functions
-    grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
-    grad = torch.zeros_like(grad) if grad._is_zerotensor() else grad.resolve_neg()
-    values = entered(made, a, b, grad)
-    special = torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_batched(grad)
-    run = convolution if special or _is_foreign(a, b, grad) else unrecorded
+    plain = torch.zeros_like(grad) if grad._is_zerotensor() else grad.resolve_neg()
+    values = entered(made, a, b, plain)
+    special = torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_batched(plain)
+    run = convolution if special or _is_foreign(a, b, plain) else unrecorded
     found: list[Tensor | None] = [None, None]
     for index, (direction, first, second) in enumerate(GRADIENTS[made.direction]):
         if needed[index] and _is_asked(nodes[index][0]):
             taken = values[first], values[second]
             found[index] = run(direction, *taken, made.geometry, made.sizes[index], made.flags)
-    return *found, grad_bias, None
+    # Last, as in PyTorch: it is slow to fetch what the others bring into the cache.
+    return *found, grad.sum((0, 2, 3)) if needed[2] else None, None
 
 
 # record(a, b, bias, ready) is convolution() of a ready call, for tensors of which one

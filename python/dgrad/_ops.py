@@ -132,7 +132,6 @@ def _save(direction: str, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     made, needed = ctx.made, ctx.needs_input_grad
-    grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
     a, b = ctx.saved_tensors
     values = entered(made, a, b, grad)
     found = [
@@ -143,7 +142,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         else None
         for index, (direction, first, second) in enumerate(GRADIENTS[made.direction])
     ]
-    return *found, grad_bias, *(None,) * 6
+    return *found, grad.sum((0, 2, 3)) if needed[2] else None, *(None,) * 6
 
 
 def _conv_transpose2d(
