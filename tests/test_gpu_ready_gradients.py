@@ -217,3 +217,33 @@ def test_only_the_gradients_that_are_asked_for_run(asked: tuple[int, ...]) -> No
 
     step()
     assert used(step) == 1 + len(asked)
+
+
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # PyTorch 2.11's own
+def test_the_gradient_of_the_bias_is_taken_last() -> None:
+    """What its sum reads is in the cache then. A graph shows what native code has queued."""
+    given = [t.requires_grad_() for t in tensors()]
+    grad = torch.randn(2, 6, 19, 19, device="cuda")
+
+    def step() -> None:
+        torch.autograd.grad(dgrad.conv_transpose2d(*given, 2), given, grad)  # type: ignore[arg-type]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        dgrad.warm_up(step)
+        assert used(step) > 0
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    graph.replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    on_device = (e for e in profile.events() if e.device_type is torch.autograd.DeviceType.CUDA)
+    kernels = [e.name for e in sorted(on_device, key=lambda e: e.time_range.start)]
+    assert len(kernels) >= 4, kernels
+    assert "at::native::reduce_kernel" in kernels[-1], kernels
