@@ -135,8 +135,23 @@ def test_flags_choose_among_known_times_without_measuring(
     assert limited.verdicts()[0].endswith("(50.0 % faster)")
     words = "with 2.0 MiB of workspace legacy:ALGO_1 (DEFAULT_MATH) would be 50.0 % faster"
     assert str(limited).endswith(f"; {words}")
-    for source in ("forced", "heuristic"):  # no larger limit would let it run
-        assert "of workspace" not in str(replace(limited, source=source))
+    assert limited.policy is not None
+    by_order = limited.policy._replace(selection="heuristic")
+    for other in ({"source": "forced"}, {"policy": by_order}):  # no larger limit would let it run
+        assert "of workspace" not in str(replace(limited, **other))
+
+
+def test_a_larger_limit_is_told_of_what_was_chosen_before_it_was_measured(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = start(*THREE)
+    fake_times(core, monkeypatch, {"ALGO_1": 1.0, "ALGO_0": 2.0, "GEMM": 3.0})
+    run(selection="measure", workspace_limit=0)
+    assert "of workspace" not in str(dgrad.selections()[0][0])
+    run(selection="measure")
+    run(selection="measure", workspace_limit=0)
+    words = "with 2.0 MiB of workspace legacy:ALGO_1 (DEFAULT_MATH) would be"
+    assert words in str(dgrad.selections()[0][0])
 
 
 @pytest.mark.parametrize(

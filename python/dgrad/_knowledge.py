@@ -15,7 +15,7 @@ from __future__ import annotations
 import marshal
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ _FIELDS = [field.name for field in fields(Candidate)]
 
 
 _numbers = count()
+_counting = threading.RLock()  # a signal handler may come in between
 
 
 class Use:
@@ -50,6 +51,13 @@ class Use:
         self.number = next(_numbers)  # in order of first use, of all problems
         self.runs = 0
         self.native: UseCount | None = None
+
+    def native_count(self, make: Callable[[], UseCount]) -> UseCount:
+        """The one count of native runs, for whichever thread asks first and all others."""
+        with _counting:
+            if self.native is None:
+                self.native = make()
+            return self.native
 
     @property
     def native_runs(self) -> int:

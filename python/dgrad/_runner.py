@@ -171,8 +171,6 @@ class Runner:
         if self._plan is None or self._provisional or self.use is None:
             return None
         core, use, size = _loader.require(), self.use, self._plan.workspace_bytes
-        if use.native is None:
-            use.native = core.UseCount()
         by_cudnn = self._problem.bias and self._bias != ADD
         repeated = by_cudnn and self._bias != FUSED and self._repeats > 1
         may_differ = self._plan.compiles or self._for_graphs is not None  # in a capture
@@ -188,7 +186,7 @@ class Runner:
             plan_reads_bias=by_cudnn,
             pytorch_adds_bias=self._bias == ADD,
             python_captures=self._for_graphs is not None,
-            uses=use.native,
+            uses=use.native_count(core.UseCount),
             recipe=recipe,
             gradients=gradients,
         )

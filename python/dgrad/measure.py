@@ -255,7 +255,7 @@ def _sample_in_rounds(
     timed: list[Contestant], order: random.Random, spent: Callable[[], bool], errors: Errors
 ) -> list[Contestant]:
     """Those that were in the last round."""
-    if len(timed) < 2:
+    if not timed:
         return timed
     first = {id(c): c.samples_ms[0] for c in timed}
     sure = _SURE_ROUNDS if min(first.values()) < _LONG_MS else 0

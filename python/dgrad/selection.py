@@ -214,7 +214,8 @@ class Selection:
 
     def _over_limit(self) -> str:
         """What a larger workspace_limit would bring, where that was measured."""
-        if self.source in ("forced", "heuristic"):  # times do not decide
+        by_order = self.policy is not None and self.policy.selection == "heuristic"
+        if by_order or self.source == "forced":  # times do not decide
             return ""
         ratios = {
             candidate: ratio
