@@ -81,6 +81,10 @@ def test_the_constructor_takes_the_same_arguments_in_the_same_order() -> None:
         {"kernel_size": 3, "groups": 3},
         {"kernel_size": 3, "groups": 0},
         {"kernel_size": "3"},
+        {"kernel_size": -1},
+        {"kernel_size": 2**63},
+        {"kernel_size": 2**40},
+        {"kernel_size": 3, "groups": "1"},
     ],
     ids=str,
 )
@@ -89,12 +93,18 @@ def test_the_constructor_raises_the_same_errors(options: dict[str, Any]) -> None
         nn.ConvTranspose2d(4, 6, **options)
     with pytest.raises(expected.type) as found:
         dgrad.ConvTranspose2d(4, 6, **options)
-    text = str(expected.value)
-    if isinstance(expected.value, ValueError):  # which names no value
-        given = {"in_channels": 4, "out_channels": 6, **options}
-        values = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        text += f", in ConvTranspose2d({values})"
-    assert str(found.value) == text
+    given = {"in_channels": 4, "out_channels": 6, **options}
+    values = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    text = str(expected.value).splitlines()[0]  # which names no value
+    assert str(found.value) == f"{text}, in ConvTranspose2d({values})"
+
+
+def test_a_constructor_without_arguments_is_told_as_by_pytorch() -> None:
+    with pytest.raises(TypeError) as expected:
+        nn.ConvTranspose2d(4)  # type: ignore[call-arg]
+    with pytest.raises(TypeError) as found:
+        dgrad.ConvTranspose2d(4)  # type: ignore[call-arg]
+    assert str(found.value) == str(expected.value)
 
 
 @pytest.mark.parametrize("output_size", [None, (7, 7)])
@@ -132,7 +142,9 @@ def test_output_size_chooses_the_output_padding(output_size: Any) -> None:
     assert_same(ours(x, output_size), theirs(x, output_size))
 
 
-@pytest.mark.parametrize("output_size", [5, 2.0, "55", ("5", "5"), (5.0, 5), [5, None], iter("")])
+@pytest.mark.parametrize(
+    "output_size", [5, 2.0, "55", ("5", "5"), (5.0, 5), [5, None], iter(""), {9: 1, 10: 2}]
+)
 def test_what_is_no_output_size_is_told(output_size: Any) -> None:
     ours, theirs = both(kernel_size=3)
     x = inputs(theirs)[..., :3, :3]
@@ -140,7 +152,24 @@ def test_what_is_no_output_size_is_told(output_size: Any) -> None:
         theirs(x, output_size)
     with pytest.raises(expected.type) as found:
         ours(x, output_size)
-    assert str(found.value).startswith(f"output_size is {output_size!r}, expected two integers")
+    assert f"output_size is {output_size!r}, expected two integers" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("input", "words"),
+    [
+        (None, "input is of type NoneType, expected a Tensor"),
+        ([1.0], "input is of type list, expected a Tensor"),
+        (torch.ones(3), r"input has shape \(3,\), expected 3 dimensions"),
+        (torch.ones(1, 1, 4, 3, 3), r"input has shape \(1, 1, 4, 3, 3\), expected 3 dimensions"),
+    ],
+)
+def test_a_bad_input_beside_an_output_size_is_told(input: Any, words: str) -> None:
+    ours, theirs = both(kernel_size=3)
+    with pytest.raises(Exception) as expected:  # noqa: PT011  the oracle says which
+        theirs(input, (5, 5))
+    with pytest.raises(expected.type, match=words):
+        ours(input, (5, 5))
 
 
 @pytest.mark.parametrize("output_size", [(4, 5), (5, 2**70), (-1, 5), [5], (1, 2, 3), (), "5"])

@@ -29,6 +29,14 @@ def _may_be_convolved(dtype: torch.dtype) -> bool:
     return (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
 
 
+def check_is_tensor(name: str, value: object) -> None:
+    """TypeError for what is none."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"conv_transpose2d(): {name} is of type {type(value).__name__}, expected a Tensor"
+        )
+
+
 def check_tensors(input: object, weight: object, bias: object) -> None:
     """The checks that need no geometry: kinds, layouts, devices, dtypes.
 
@@ -41,10 +49,8 @@ def check_tensors(input: object, weight: object, bias: object) -> None:
     for name, value in (("input", input), ("weight", weight), ("bias", bias)):
         if value is None and name == "bias":
             continue
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"conv_transpose2d(): {name} is of type {type(value).__name__}, expected a Tensor"
-            )
+        check_is_tensor(name, value)
+        assert isinstance(value, Tensor)
         if value.is_quantized:
             raise NotImplementedError(
                 f"{name} is quantized ({value.dtype}), expected a floating-point tensor: "

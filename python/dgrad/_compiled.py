@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _fallback, config
+from ._arguments import check_is_tensor
 from ._geometry import integer, pair
 
 _OLD_COMPILER = torch.__version__ < "2.13"
@@ -55,6 +56,8 @@ def compiled(
         raise config.no_flags(flags)
     exporting = _is_exporting()
     tensors = (input, weight) if bias is None else (input, weight, bias)
+    for name, tensor in zip(("input", "weight", "bias"), tensors, strict=False):
+        check_is_tensor(name, tensor)
     reason = _kept_from_compiler(exporting, tensors)
     if reason is not None:
         _fallback.permit(flags, reason)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._geometry import Geometry, output_size, pair
+from ._arguments import check_sizes, check_tensors
+from ._geometry import Geometry, Pair, integer, output_size, pair
 
 # Note [Wide strides]
 # On the CPU PyTorch gives float32 and the half types to oneDNN, which writes code for each problem.
@@ -24,6 +25,12 @@ _WIDENED = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
+
+
+_Tensors = tuple[Tensor, Tensor, Tensor | None]
+_Numbers = tuple[
+    int | Sequence[int], int | Sequence[int], int | Sequence[int], int, int | Sequence[int]
+]
 
 
 def widened(tensor: Tensor, stride: int | Sequence[int]) -> torch.dtype | None:
@@ -47,6 +54,8 @@ def conv_transpose2d(
     dilation: int | Sequence[int],
 ) -> Tensor:
     """:func:`torch.nn.functional.conv_transpose2d`."""
+    given = (input, weight, bias)
+    numbers = (stride, padding, output_padding, groups, dilation)
     wide = widened(input, stride)
     if wide is not None:
         dtype = input.dtype
@@ -55,23 +64,43 @@ def conv_transpose2d(
         input, weight = input.to(wide), weight.to(wide)
         bias = None if bias is None else bias.to(wide)
     try:
-        result = F.conv_transpose2d(
-            input, weight, bias, stride, padding, output_padding, groups, dilation
-        )
-    except RuntimeError as error:
-        words = (
-            _no_kernel(input, error)
-            or _too_large(input, weight, stride, padding, output_padding, dilation)
-            or _other_bias(input, bias)
-        )
-        if words is None:
+        result = F.conv_transpose2d(input, weight, bias, *numbers)
+    except (RuntimeError, TypeError, ValueError) as error:
+        found = _in_words(error, given, numbers)
+        if found is None:
             raise
-        lacks = isinstance(error, NotImplementedError)
-        raise (NotImplementedError if lacks else RuntimeError)(words) from error
+        raise found from error
     return result if wide is None else result.to(dtype)
 
 
-def _no_kernel(input: Tensor, error: RuntimeError) -> str | None:
+def _in_words(error: Exception, tensors: _Tensors, numbers: _Numbers) -> Exception | None:
+    """An error of the same class that names what is wrong, where that is known."""
+    input, weight, bias = tensors
+    stride, padding, output_padding, groups, dilation = numbers
+    try:  # what was run without a look: under transforms, for example
+        geometry = Geometry(
+            pair(padding, "padding"),
+            pair(stride, "stride"),
+            pair(dilation, "dilation"),
+            integer(groups, "groups"),
+        )
+        extra = pair(output_padding, "output_padding")
+        check_tensors(input, weight, bias)
+        check_sizes(input, weight, bias, geometry, extra)
+    except Exception as found:
+        return found if isinstance(found, type(error)) else None
+    words = (
+        _no_kernel(input, error)
+        or _too_large(input, weight, geometry, extra)
+        or _other_dtype(input, weight, bias, error)
+    )
+    if words is None or not isinstance(error, RuntimeError):
+        return None
+    lacks = isinstance(error, NotImplementedError)
+    return (NotImplementedError if lacks else RuntimeError)(words)
+
+
+def _no_kernel(input: Tensor, error: Exception) -> str | None:
     if "not implemented for" not in str(error):
         return None
     return (
@@ -81,46 +110,40 @@ def _no_kernel(input: Tensor, error: RuntimeError) -> str | None:
     )
 
 
-def _other_bias(input: Tensor, bias: Tensor | None) -> str | None:
-    """PyTorch adds some of another dtype on the CPU, and not others."""
-    if bias is None or bias.dtype is input.dtype:
+def _other_dtype(
+    input: Tensor, weight: Tensor, bias: Tensor | None, error: Exception
+) -> str | None:
+    """On the CPU PyTorch adds some of another dtype and not others, and casts under autocast."""
+    text = str(error)
+    if "type" not in text:
         return None
-    return f"bias has dtype {bias.dtype}, expected {input.dtype}, the dtype of input"
+    name, other = ("weight", weight) if "weight type" in text else ("bias", bias)
+    if other is None or other.dtype is input.dtype:
+        return None
+    return f"{name} has dtype {other.dtype}, expected {input.dtype}, the dtype of input"
 
 
 def _too_large(
-    input: Tensor,
-    weight: Tensor,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    output_padding: int | Sequence[int],
-    dilation: int | Sequence[int],
+    input: Tensor, weight: Tensor, geometry: Geometry, output_padding: Pair
 ) -> str | None:
     if input.device.type != "cpu":
         return None
-    numbers = {
-        name: pair(value, name)
-        for name, value in (
-            ("stride", stride),
-            ("padding", padding),
-            ("output_padding", output_padding),
-            ("dilation", dilation),
-        )
-    }
+    padding, stride, dilation, _ = geometry
     limit = f"expected at most {_MOST_NUMBER}, the most that PyTorch's operator counts on the CPU"
-    for name, values in numbers.items():
+    for name, values in (
+        ("stride", stride),
+        ("padding", padding),
+        ("output_padding", output_padding),
+        ("dilation", dilation),
+    ):
         if max(values) > _MOST_NUMBER:
             return f"{name} is {values}, {limit}"
     whole = output_size(
-        input.shape[-2:],
-        weight.shape[-2:],
-        Geometry((0, 0), numbers["stride"], numbers["dilation"], 1),
-        numbers["output_padding"],
+        input.shape[-2:], weight.shape[-2:], geometry._replace(padding=(0, 0)), output_padding
     )
     if max(whole) > _MOST_NUMBER:
         return (
-            f"stride {numbers['stride']}, dilation {numbers['dilation']} and output_padding "
-            f"{numbers['output_padding']} make an output of size {whole} before padding is taken "
-            f"off, {limit}"
+            f"stride {stride}, dilation {dilation} and output_padding {output_padding} make an "
+            f"output of size {whole} before padding is taken off, {limit}"
         )
     return None

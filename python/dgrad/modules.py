@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ._words import shown
 from .config import Flags
+from .exceptions import first_line
 from .functional import conv_transpose2d
 
 _INIT = torch.nn.ConvTranspose2d.__init__
+_TOLD = (ValueError, TypeError, RuntimeError, AttributeError, IndexError, KeyError)
 _OUTPUT_PADDING = torch.nn.ConvTranspose2d._output_padding
 
 
@@ -50,10 +52,12 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             try:
                 super().__init__(*arguments, **options)
-            except ValueError as error:
-                given = inspect.signature(_INIT).bind(self, *arguments, **options)
-                values = (f"{n}={shown(v)}" for n, v in given.arguments.items() if n != "self")
-                raise ValueError(f"{error}, in ConvTranspose2d({', '.join(values)})") from error
+            except (ValueError, TypeError, RuntimeError) as error:
+                given = _given(self, *arguments, **options)
+                if given is None or type(error) not in _TOLD:  # the allocator's, for example
+                    raise
+                told = f"{first_line(error)}, in ConvTranspose2d({given})"
+                raise type(error)(told) from error
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution of ``input``.
@@ -112,16 +116,12 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
                     self.dilation,  # type: ignore[arg-type]
                 )
             )
-        except TypeError as error:
-            if output_size is None:
+        except _TOLD as error:
+            if output_size is None or type(error) not in _TOLD:  # a subclass's own, or torch.fx's
                 raise
-            raise _no_size(output_size) from error
-        except ValueError as error:
-            if type(error) is not ValueError:  # of torch.fx
-                raise
-            raise ValueError(f"output_size is {shown(output_size)}: {error}") from error
+            raise type(error)(_wrong_size(input, output_size, error)) from error
         if output_size is not None and any(isinstance(each, float) for each in chosen):
-            raise _no_size(output_size)
+            raise TypeError(_wrong_size(input, output_size))
         return chosen
 
 
@@ -144,8 +144,27 @@ def _recorded(layer: ConvTranspose2d, input: object, output_size: object) -> Any
     return None
 
 
-def _no_size(output_size: object) -> TypeError:
-    return TypeError(
+def _given(*arguments: object, **options: object) -> str | None:
+    """The constructor's arguments in words, None where they do not fit it."""
+    try:
+        given = inspect.signature(_INIT).bind(*arguments, **options).arguments
+    except TypeError:
+        return None
+    return ", ".join(f"{name}={shown(value)}" for name, value in given.items() if name != "self")
+
+
+def _wrong_size(input: object, output_size: object, error: Exception | None = None) -> str:
+    """What is wrong with the arguments of a layer that finds no output_padding for a size."""
+    if not isinstance(input, Tensor):
+        return f"input is of type {type(input).__name__}, expected a Tensor"
+    if input.dim() not in (3, 4):
+        return (
+            f"input has shape {tuple(input.shape)}, expected 3 dimensions (C_in, H, W) "
+            "or 4 dimensions (N, C_in, H, W)"
+        )
+    if type(error) is ValueError:
+        return f"output_size is {shown(output_size)}: {error}"
+    return (
         f"output_size is {shown(output_size)}, expected two integers, (H_out, W_out), "
         "alone or after the leading sizes"
     )
