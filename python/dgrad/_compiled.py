@@ -56,8 +56,10 @@ def compiled(
         raise config.no_flags(flags)
     exporting = _is_exporting()
     tensors = (input, weight) if bias is None else (input, weight, bias)
-    for name, tensor in zip(("input", "weight", "bias"), tensors, strict=False):
-        check_is_tensor(name, tensor)
+    check_is_tensor("input", input)
+    check_is_tensor("weight", weight)
+    if bias is not None:
+        check_is_tensor("bias", bias)
     reason = _kept_from_compiler(exporting, tensors)
     if reason is not None:
         _fallback.permit(flags, reason)
