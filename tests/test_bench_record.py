@@ -275,6 +275,41 @@ def test_a_file_that_is_no_record_is_refused(file: Callable[..., str], content: 
         Record.load(file(content))
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda record: record["meta"].update(versions={}),
+        lambda record: record["meta"].update(ceilings=[]),
+        lambda record: record["cases"][0].update(contestants=[]),
+        lambda record: record["cases"][0].pop("selected"),
+        lambda record: record["cases"][0]["contestants"]["dgrad"].pop("host_us"),
+        lambda record: record["cases"][0]["contestants"]["dgrad"].update(eager_ms=float("nan")),
+    ],
+)
+def test_a_damaged_record_is_refused_by_the_command(
+    spoil: Callable[[Any], Any], bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench()
+    path = tmp_path / "out.json"
+    record = json.loads(path.read_text())
+    spoil(record)
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(["bench", "--from", str(path)]) == 2
+    assert "out.json is no record of bench" in capsys.readouterr().err
+
+
+def test_the_record_and_the_plot_are_two_files(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra 'plot'")
+    path = str(tmp_path / "both.png")
+    assert main(["bench", "--from", path, "--json", path, "--plot", path]) == 2
+    assert "expected two files" in capsys.readouterr().err
+    assert main(["bench", "--from", path, "--plot", str(tmp_path / "x.pgf")]) == 2
+    assert "x.pgf: expected a name that ends in" in capsys.readouterr().err
+
+
 def test_a_case_of_other_sizes_is_not_finished(bench: Any, tmp_path: Path) -> None:
     bench()
     record = Record.load(tmp_path / "out.json")

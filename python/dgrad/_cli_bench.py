@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -18,7 +19,7 @@ from dgrad._layers import DTYPES
 from dgrad.bench import plot, report
 from dgrad.bench._model_file import unreadable
 from dgrad.bench.contest import PEERS, SELECTIONS, Contest, ContestError, Settings
-from dgrad.bench.record import Record, RecordError, unfinished
+from dgrad.bench.record import DAMAGED, Record, RecordError, unfinished
 from dgrad.bench.suite import DIRECTIONS, LAYOUTS, SUITES, Case, cases
 from dgrad.tune import FileError
 
@@ -37,7 +38,8 @@ over dgrad's: above 1 dgrad is faster. What dgrad's store has already is not sel
 changes no time.
 
 The roofline is the larger of bytes / copy bandwidth and operations / rate of a matrix product,
-both measured in the same run; bytes count once, and only multiply-adds that reach the output count.
+both measured in the same run; bytes count once in each pass, of which a training step has two, and
+only multiply-adds that reach the output count.
 
 --json is written after each case. --resume keeps its finished cases and times the others, so a long
 run may be stopped, by --seconds too, and repeated. --from prints and plots records again, several
@@ -45,7 +47,7 @@ as one, and needs no GPU.
 
 exit codes:
   0  all cases are timed
-  1  a case has no ratio: stderr says what failed
+  1  a contestant failed in a case: stderr says how
   2  an argument or a file is wrong
   3  dgrad cannot run on a GPU here, or a process does not start
   4  --seconds ended the run: repeat it with --resume
@@ -121,6 +123,9 @@ def _check(arguments: argparse.Namespace) -> None:
         _try_to_write(arguments.plot, arguments.plot)
     if arguments.json is not None:
         _try_to_write(arguments.json, unfinished(arguments.json))
+        both = arguments.json, arguments.plot
+        if arguments.plot is not None and len({os.path.realpath(path) for path in both}) == 1:
+            raise FileError(f"--json and --plot both name {arguments.json}, expected two files")
     if arguments.resume and (arguments.json is None or arguments.records is not None):
         raise FileError("--resume goes on with the FILE of --json")
 
@@ -143,8 +148,20 @@ def _try_to_write(path: str, first: str | Path) -> None:
         os.unlink(first)
 
 
+def _loaded(path: str) -> Record:
+    """A record of which all can be shown and kept; RecordError for another."""
+    record = Record.load(path)
+    try:
+        for show in (report.heading, report.cases, report.groups, report.extremes):
+            show(record)
+        json.dumps(record.to_dict(), allow_nan=False)
+    except DAMAGED as error:
+        raise RecordError(f"{path} is no record of bench: {error!r}") from error
+    return record
+
+
 def _merged(paths: list[str]) -> Record:
-    record, *others = map(Record.load, paths)
+    record, *others = map(_loaded, paths)
     for other in others:
         record.absorb(other)
     return record
@@ -162,7 +179,7 @@ def _timed(arguments: argparse.Namespace) -> tuple[Record, bool]:
     options = _options(arguments)
     earlier = None
     if arguments.resume and Path(arguments.json).exists():
-        earlier = Record.load(arguments.json)
+        earlier = _loaded(arguments.json)
         earlier.expect(options=options)
         wanted = [case for case in wanted if not earlier.has(case)]
         if not wanted:

@@ -22,7 +22,7 @@ _COLOURS = {
 }
 _MARKERS = {"nchw": "o", "nhwc": "s"}
 _PEER = "#999999"
-_FINE = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 3.5)
+_FINE = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 7)
 _COARSE = (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000)
 _ROW_INCHES = 0.17
 _DPI = 130
@@ -38,7 +38,7 @@ def require(path: str | Path) -> None:
         raise PlotError("--plot needs matplotlib: pip install 'dgrad[plot]'")
     from matplotlib.figure import Figure
 
-    known = Figure().canvas.get_supported_filetypes()
+    known = [name for name in Figure().canvas.get_supported_filetypes() if name != "pgf"]  # LaTeX's
     if Path(path).suffix[1:].lower() not in known:
         raise PlotError(f"{path}: expected a name that ends in one of .{', .'.join(known)}")
 
@@ -102,7 +102,7 @@ def _draw_ratios(axes: Any, cases: list[dict[str, Any]], options: dict[str, Any]
     low = min(min(case["ratio"] for case in cases) / 1.05, 0.9)
     high = max(max(case["ratio"] for case in cases) * 1.05, 1.12)
     axes.set_xlim(low, high)
-    ticks = _FINE if high / low < 4 else _COARSE
+    ticks = _FINE if high / low < 8 else _COARSE
     axes.set_xticks([tick for tick in ticks if low <= tick <= high])
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -150,7 +150,7 @@ def _draw_roofline(axes: Any, cases: list[dict[str, Any]], ceilings: dict[str, A
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("operations per byte (real multiply-adds, each byte once)")
+    axes.set_xlabel("operations per byte (real multiply-adds, each byte once a pass)")
     axes.set_ylabel("TFLOP/s")
     axes.set_title(f"{dtype}: achieved against the roofline")
     axes.grid(color="#e0e0e0", linewidth=0.6)

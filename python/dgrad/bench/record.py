@@ -16,6 +16,8 @@ from dgrad.bench.suite import Case
 SLOWER = 0.97  # below it a ratio counts as a loss and not as noise
 _NAMED = 10
 _SAME = ("device", "driver", "versions", "tf32", "options")
+# What reading a file that somebody has changed may raise.
+DAMAGED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 _NEEDED = (*_SAME, "ceilings", "command", "time")
 
 
@@ -58,7 +60,7 @@ class Record:
                 record.add(case)
         except OSError as error:
             raise RecordError(f"{path}: {error.strerror or error}") from error
-        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except DAMAGED as error:
             raise RecordError(f"{path} is no record of bench: {error!r}") from error
         return record
 
@@ -66,7 +68,7 @@ class Record:
         """Add a timed case, in the place of an earlier one with its label.
 
         Returns:
-            The case with "flops" and "bytes" (each byte once), "floor_ms", "best" (the fastest
+            The case with "flops" and "bytes" (once a pass), "floor_ms", "best" (the fastest
             peer), "ratio" and "eager_ratio" (the better peer's time over dgrad's) and "achieved"
             (the floor over dgrad's time). What failed is None.
         """
