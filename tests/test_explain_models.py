@@ -192,3 +192,40 @@ def test_an_output_that_is_sparse_is_no_error() -> None:
             return y, y.to_sparse()
 
     dgrad.warm_up(Sparse(), X)
+
+
+class Late(nn.Module):
+    """With a buffer that only a first call fills, one that it registers, and an expanded one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = torch.zeros(3)
+        self.register_buffer("wide", self.base.expand(4, 3))
+        self.register_buffer("mean", None)
+        self.register_buffer("calls", torch.zeros(2))
+        self.up = dgrad.ConvTranspose2d(3, 4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.base.add_(1)
+        self.calls.add_(1)
+        if self.mean is None:
+            self.mean = x.mean()
+            self.register_buffer("late", x.mean())
+        output: torch.Tensor = self.up(x)
+        return output
+
+
+@pytest.mark.parametrize("rehearse", [dgrad.explain, dgrad.warm_up])
+def test_buffers_that_come_with_the_call_go_with_it(
+    rehearse: Callable[..., dgrad.Explanation],
+) -> None:
+    model = Late()
+    calls, wide = model.calls, model.wide
+    rehearse(model, X, backward=False)
+    assert list(model._buffers) == ["wide", "mean", "calls"]
+    assert model.mean is None
+    assert model.calls is calls
+    assert model.wide is wide
+    assert not calls.any()
+    assert not wide.any()
+    assert not model.base.any()

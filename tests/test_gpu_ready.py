@@ -326,3 +326,13 @@ def test_what_must_see_a_known_call_sees_it(way: Callable[..., Any]) -> None:
         call(x)
         assert used(lambda: call(x)) == 1
         assert used(seen) == 0
+
+
+def test_numbers_of_another_kind_inside_a_tuple_are_known_too() -> None:
+    two = pytest.importorskip("numpy").int64(2)
+    layer = dgrad.ConvTranspose2d(8, 6, 3, stride=two, padding=(two, 1), device="cuda")
+    x, _, _ = tensors()
+    with torch.no_grad():
+        first = layer(x)
+        assert used(lambda: layer(x)) == 1
+        assert torch.equal(layer(x), first)

@@ -247,3 +247,17 @@ def test_the_gradient_of_the_bias_is_taken_last() -> None:
     kernels = [e.name for e in sorted(on_device, key=lambda e: e.time_range.start)]
     assert len(kernels) >= 4, kernels
     assert "at::native::reduce_kernel" in kernels[-1], kernels
+
+
+def test_inference_mode_records_nothing_whatever_enable_grad_says() -> None:
+    layer = dgrad.ConvTranspose2d(8, 6, 3, 2, device="cuda")
+    plain = torch.randn(2, 8, 9, 9, device="cuda")
+    with torch.inference_mode():
+        inference = plain.clone()
+    for _ in range(2):  # in Python, then in native code
+        for x in (plain, inference):
+            with torch.inference_mode(), torch.enable_grad():
+                y, theirs = layer(x), F.conv_transpose2d(x, layer.weight, layer.bias, 2)
+            assert (y.requires_grad, y.is_inference()) == (theirs.requires_grad, True)
+            torch.testing.assert_close(y, theirs, rtol=1e-2, atol=1e-2)
+        assert layer(plain).requires_grad  # known as one that records

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dgrad
 from operands import on_each_device
@@ -189,3 +190,22 @@ def test_a_parametrized_layer_trains_as_pytorchs(name: str, cached: bool, device
     plain, converted = states
     assert plain.keys() == converted.keys()
     torch.testing.assert_close(converted, plain)
+
+
+@on_each_device
+def test_a_trace_that_begins_before_autograd_sees_pytorchs_operator(device: str) -> None:
+    x = torch.randn(2, 4, 5, 5, device=device, dtype=torch.float64)
+    w = torch.randn(4, 3, 3, 3, device=device, dtype=torch.float64)
+
+    def call(x: Tensor) -> Tensor:
+        return dgrad.conv_transpose2d(x, w) * 2
+
+    wanted = call(x)
+    call(x)  # known by now
+    traced = make_fx(call, pre_dispatch=True)(x)
+    assert torch.ops.aten.conv_transpose2d.input in [node.target for node in traced.graph.nodes]
+    for given in (x, -x):
+        torch.testing.assert_close(traced(given), call(given))
+    torch.testing.assert_close(call(x), wanted)
+    with dgrad.flags(fallback="error"), pytest.raises(dgrad.NotSupportedError, match="at work"):
+        make_fx(call, pre_dispatch=True)(x)

@@ -20,7 +20,7 @@ from . import _fallback, _loader, config
 from ._call import Call, call_for
 from ._geometry import Geometry, Pair, is_channels_last
 from ._operands import INPUTS, OUTPUT, check_operands, memory_format, unsuited, unusable
-from ._watch import Watchers, observers, profiling, seen_by, watchers
+from ._watch import Watchers, is_traced, observers, profiling, seen_by, watchers
 from .config import Flags
 from .planner import plan_cache
 
@@ -141,7 +141,9 @@ def convolution(
     if forward_ad._current_level >= 0 and _fallback.have_tangents(a, b, bias):
         _fallback.announce(flags, _fallback.FORWARD_MODE)
         return _fallback.run(direction, a, b, geometry, size, bias)
-    if torch.is_grad_enabled() and (
+    # Inference mode forbids to record, whatever enable_grad() in it says.
+    recording = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    if recording and (
         a.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
     ):
         made = recipe(direction, a, b, geometry, size, flags, call)
@@ -226,7 +228,7 @@ def _is_batched(tensor: Tensor) -> bool:
 
 def _is_foreign(*tensors: Tensor | None) -> bool:
     """Whether a mode wants to see what is done to them, or a subclass has rules of its own."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
+    return is_traced() or any(
         type(tensor) not in _fallback.PLAIN_TYPES for tensor in tensors if tensor is not None
     )
 

@@ -42,6 +42,8 @@ def at_work() -> str:
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is at work"
     mode = torch.utils._python_dispatch._get_current_dispatch_mode()
+    if mode is None:
+        return transformed() or "a dispatch mode before autograd is at work"
     return transformed() or f"the dispatch mode {type(mode).__name__} is at work"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import _loader, config
-from ._watch import profiling, watchers
+from ._watch import before_autograd, profiling, watchers
 
 if TYPE_CHECKING:
     from ._core import ReadyCalls
@@ -22,6 +22,7 @@ GUARDS: tuple[tuple[Callable[[], object], object], ...] = (
     (lambda: forward_ad._current_level, -1),
     (_functorch.peek_interpreter_stack, None),
     (torch._C._len_torch_dispatch_stack, 0),
+    (before_autograd, False),
     (watchers.__len__, 0),
     (profiling, False),
 )

@@ -79,12 +79,18 @@ def undisturbed(call: object) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
     ]
     begun = {module for module, _, _, before in buffers if before is None}
+    # A scripted module's are no dict, and stay the same.
+    whole = [(m, dict(m._buffers)) for m in modules if isinstance(m._buffers, dict)]
     lazy = any(is_lazy(t) for m in modules for t in (*m.parameters(False), *m.buffers(False)))
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices, enabled=not lazy):
         try:
             yield
         finally:
+            for module, named in whole:
+                if module not in begun:
+                    module._buffers.clear()  # of what has come since, too
+                    module._buffers.update(named)
             for module, name, buffer, before in buffers:
                 if before is None:
                     continue
@@ -93,7 +99,9 @@ def undisturbed(call: object) -> Iterator[None]:
                     with torch.inference_mode(buffer.is_inference()):
                         # .data: a graph that has saved it must not take it for a changed one.
                         if buffer.shape == before.shape and buffer.layout is torch.strided:
-                            buffer.data.copy_(before)
+                            # Of an expanded one each element once.
+                            own = tuple(slice(None, 1 if s == 0 else None) for s in buffer.stride())
+                            buffer.data[own].copy_(before[own])
                         else:
                             buffer.data = before
             for module in begun:

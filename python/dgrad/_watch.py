@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,29 @@ from .selection import Selection
 Event = Selection | str
 Watchers = tuple[object, ...]
 
-__all__ = ["Event", "Watchers", "note", "observers", "profiling", "seen_by", "watchers", "watching"]
+__all__ = [
+    "Event",
+    "Watchers",
+    "before_autograd",
+    "is_traced",
+    "note",
+    "observers",
+    "profiling",
+    "seen_by",
+    "watchers",
+    "watching",
+]
+
+# Whether a dispatch mode wants to see calls before autograd does: it has a stack of its own.
+before_autograd = partial(
+    torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
+)
+
+
+def is_traced() -> bool:
+    """Whether a dispatch mode is at work."""
+    return torch._C._len_torch_dispatch_stack() > 0 or before_autograd()
+
 
 _CARRIED = "_dgrad_watchers"  # what a thread got from the one that started it
 

@@ -19,7 +19,7 @@ from ._call import Call
 from ._compiled import compiled
 from ._geometry import Geometry, Pair, appended_rows, integer, pair
 from ._operands import check_numbers, unsuited, unusable
-from ._watch import profiling, watchers
+from ._watch import is_traced, profiling, watchers
 from .planner import plan_cache
 
 # Each call asks it: the way to it would take as long as it does.
@@ -98,7 +98,13 @@ def conv_transpose2d(
     if plan_cache.ready is not None:
         known = plan_cache.ready.call(input, weight, bias, own, flags)
         if known is not None:
-            return known if type(known) is Tensor else record(input, weight, bias, known)
+            if type(known) is Tensor:
+                return known
+            if not torch.is_inference_mode_enabled():
+                return record(input, weight, bias, known)
+            found = plan_cache.ready.execute(known, input, weight, bias)  # type: ignore[arg-type]
+            if found is not None:
+                return found
     if _is_transformed():
         return _pytorch(flags, _fallback.at_work(), input, weight, bias, *own)
     if isinstance(input, torch.fx.Proxy):  # and so may be the other arguments
@@ -113,7 +119,7 @@ def conv_transpose2d(
         groups if type(groups) is int else integer(groups, "groups"),
     )
     output_padding = pair(output_padding, "output_padding")
-    if state is not None and not {int, tuple}.issuperset(map(type, own)):
+    if state is not None and not all(map(_is_plain, own)):
         # As native code looks it up: a list, for example, has no hash.
         padding, stride, dilation, groups = geometry
         return conv_transpose2d(
@@ -159,13 +165,19 @@ def conv_transpose2d(
     return output if input.dim() == 4 else output.squeeze(0)
 
 
+def _is_plain(number: object) -> bool:
+    """An int or a tuple of these, and nothing that is only like one."""
+    parts = number if type(number) is tuple else (number,)
+    return all(type(part) is int for part in parts)
+
+
 def _is_transformed() -> bool:
     """Whether a transform or a mode is at work that leaves the call to PyTorch's operator."""
     return (
         torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or is_traced()
     )
 
 
