@@ -212,7 +212,7 @@ void bind_ready(py::module_& m) {
     py::class_<ReadyGradients, std::shared_ptr<ReadyGradients>>(m, "ReadyGradients")
         .def(py::init([](const std::array<std::tuple<std::size_t, std::size_t, py::tuple>, 2>& of,
                          py::object flags, std::vector<std::int64_t> a_strides,
-                         std::vector<std::int64_t> grad_strides) {
+                         std::vector<std::int64_t> grad_strides, py::object sum_bias) {
                  const auto gradient = [](const auto& each) {
                      const auto& [first, second, state] = each;
                      if (std::max(first, second) > 2) throw py::value_error("no such place");
@@ -221,9 +221,10 @@ void bind_ready(py::module_& m) {
                  return ReadyGradients{{gradient(of[0]), gradient(of[1])},
                                        std::move(flags),
                                        std::move(a_strides),
-                                       std::move(grad_strides)};
+                                       std::move(grad_strides),
+                                       std::move(sum_bias)};
              }),
-             py::kw_only(), "of"_a, "flags"_a, "a_strides"_a, "grad_strides"_a);
+             py::kw_only(), "of"_a, "flags"_a, "a_strides"_a, "grad_strides"_a, "sum_bias"_a);
     py::class_<ReadyCall>(m, "ReadyCall")
         .def(py::init([](std::shared_ptr<dgrad::Plan> plan, const std::string& direction,
                          py::object make_out, py::object make_workspace, py::object enter_bias,

@@ -208,7 +208,11 @@ py::object ReadyCalls::backward(const py::object& context, const py::object& cal
         if (results[i].is_none()) return py::none();
     }
     // Last, as in PyTorch: a sum is slow to fetch what the others bring into the cache.
-    const py::object of_bias = is_needed(2) ? sum_over(grad, but_channels_) : py::none();
+    py::object of_bias = py::none();
+    if (is_needed(2)) {
+        const py::object& sum = gradients->sum_bias;
+        of_bias = sum.is_none() ? sum_over(grad, but_channels_) : sum(grad);
+    }
     return py::make_tuple(results[0], results[1], of_bias, py::none());
 }
 

@@ -37,6 +37,7 @@ struct ReadyGradients {
     std::array<Gradient, 2> of;                         // of a and of b
     pybind11::object flags;                             // the call's own, or None
     std::vector<std::int64_t> a_strides, grad_strides;  // others must enter another layout first
+    pybind11::object sum_bias;  // of the incoming gradient: the bias's, or None if a plain sum is
 };
 
 // Callables are Python's; None where there is nothing to do.

@@ -243,7 +243,7 @@ def test_the_gradient_of_the_bias_is_taken_last() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         graph.replay()
         torch.cuda.synchronize()
-    on_device = (e for e in profile.events() if e.device_type is torch.autograd.DeviceType.CUDA)
+    on_device = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
     kernels = [e.name for e in sorted(on_device, key=lambda e: e.time_range.start)]
     assert len(kernels) >= 4, kernels
     assert "at::native::reduce_kernel" in kernels[-1], kernels
@@ -261,3 +261,29 @@ def test_inference_mode_records_nothing_whatever_enable_grad_says() -> None:
             assert (y.requires_grad, y.is_inference()) == (theirs.requires_grad, True)
             torch.testing.assert_close(y, theirs, rtol=1e-2, atol=1e-2)
         assert layer(plain).requires_grad  # known as one that records
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [37, 128])
+def test_the_gradient_of_the_bias_is_summed_in_the_same_steps(
+    size: int, layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    x, w, b = tensors((2, 8, size, size), (8, 64, 2, 2), dtype=dtype)
+    leaves = [t.requires_grad_() for t in (x.contiguous(memory_format=layout), w, b)]
+    shape = (2, 64, 2 * size, 2 * size)
+    grad = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=layout)
+    found: list[Tensor] = []
+
+    def step() -> None:
+        y = dgrad.conv_transpose2d(*leaves, 2)  # type: ignore[arg-type]
+        found.append(torch.autograd.grad(y, leaves, grad)[2])
+
+    step()
+    for _ in range(2):
+        assert used(step) > 0
+    assert all(torch.equal(each, found[0]) for each in found)
+    wanted = grad.double().sum((0, 2, 3))
+    rounding = torch.finfo(dtype).eps * wanted.abs()
+    one_sum = (grad.sum((0, 2, 3)).double() - wanted).abs()
+    assert bool(((found[0].double() - wanted).abs() <= 2 * (rounding + one_sum) + 1e-3).all())

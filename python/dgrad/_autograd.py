@@ -18,6 +18,7 @@ from torch.autograd import Function, forward_ad
 
 from . import _fallback, _loader, config
 from ._call import Call, call_for
+from ._channel_sums import channel_sums, in_two_steps
 from ._geometry import Geometry, Pair, is_channels_last
 from ._operands import INPUTS, OUTPUT, check_operands, memory_format, unsuited, unusable
 from ._watch import Watchers, is_traced, observers, profiling, seen_by, watchers
@@ -100,6 +101,7 @@ def ready_recipe(
         flags=flags,
         a_strides=a.stride(),
         grad_strides=grad.stride(),
+        sum_bias=in_two_steps(grad.shape, grad.stride()),
     )
     return (made, held), gradients
 
@@ -288,14 +290,17 @@ def _long_way(
     plain = torch.zeros_like(grad) if grad._is_zerotensor() else grad.resolve_neg()
     values = entered(made, a, b, plain)
     special = torch.is_grad_enabled() or forward_ad._current_level >= 0 or _is_batched(plain)
-    run = convolution if special or _is_foreign(a, b, plain) else unrecorded
+    special = special or _is_foreign(a, b, plain)
+    run = convolution if special else unrecorded
     found: list[Tensor | None] = [None, None]
     for index, (direction, first, second) in enumerate(GRADIENTS[made.direction]):
         if needed[index] and _is_asked(nodes[index][0]):
             taken = values[first], values[second]
             found[index] = run(direction, *taken, made.geometry, made.sizes[index], made.flags)
     # Last, as in PyTorch: it is slow to fetch what the others bring into the cache.
-    return *found, grad.sum((0, 2, 3)) if needed[2] else None, None
+    if not needed[2]:
+        return *found, None, None
+    return *found, grad.sum((0, 2, 3)) if special else channel_sums(grad), None
 
 
 # record(a, b, bias, ready) is convolution() of a ready call, for tensors of which one

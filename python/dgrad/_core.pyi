@@ -89,6 +89,7 @@ class ReadyGradients:
         flags: object,
         a_strides: Sequence[int],
         grad_strides: Sequence[int],
+        sum_bias: Callable[[Tensor], Tensor] | None,
     ) -> None: ...
 
 @final
