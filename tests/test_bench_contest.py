@@ -123,12 +123,14 @@ def test_contestants_hold_a_case_together_and_are_sampled_in_alternating_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
+    made: list[str] = []
 
     class Process:
         running = True
 
-        def __init__(self, module: str, name: str, *_: str, patience_s: float) -> None:
-            self.name = name
+        def __init__(self, module: str, name: str, *_: str, **__: Any) -> None:
+            self.name = name + "'s selector" * (name in made)
+            made.append(self.name)
 
         def start(self) -> None:
             pass
@@ -152,8 +154,9 @@ def test_contestants_hold_a_case_together_and_are_sampled_in_alternating_order(
         names = ["torch", "dgrad"]
         turns = [f"sample {name}" for name in names + names[::-1] + names]
         prepared, released = ([f"{do} {name}" for name in names] for do in ("prepare", "release"))
-        assert asked == [*prepared, *turns, *released]
-    assert asked[-2:] == ["stop torch", "stop dgrad"]
+        selected = [f"{do} dgrad's selector" for do in ("select", "release")]
+        assert asked == [prepared[0], *selected, prepared[1], *turns, *released]
+    assert asked[-3:] == ["stop torch", "stop dgrad", "stop dgrad's selector"]
     assert times["device_ms"] == {"median": 2.0, "q1": 1.0, "q3": 9.0, "min": 1.0, "runs": 9}
     assert (times["eager_ms"], times["host_us"], times["calls"]) == (7.0, 5.0, 4)
 

@@ -75,6 +75,7 @@ def test_bench_times_all_contestants_and_keeps_to_the_roofline(
         assert 0.2 < case["eager_ratio"] < 5
         assert 0 < case["achieved"] <= 1.15
         ran = [selected["direction"] for selected in case["selected"]]
+        assert all(selected["source"] == "stored" for selected in case["selected"])
         assert sorted(ran) == directions
         assert all(selected["candidate"] in printed for selected in case["selected"])
     assert main(["bench", *arguments, "--resume"]) == 0

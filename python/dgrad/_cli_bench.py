@@ -34,8 +34,8 @@ Each contestant has a process of its own: PyTorch with cudnn.benchmark off (torc
 are sampled in turn. Device time is that of a CUDA graph of many calls, which goes round more copies
 of the tensors (up to 512) than the device's cache holds; host time is until the call returns; the
 eager ratio compares calls back to back, on the same tensors. Ratio is the faster peer's device time
-over dgrad's: above 1 dgrad is faster. What dgrad's store has already is not selected again, and
-changes no time.
+over dgrad's: above 1 dgrad is faster. dgrad selects in a process of its own, what its store has not
+yet, and is timed in one that has the selection from the store.
 
 The roofline is the larger of bytes / copy bandwidth and operations / rate of a matrix product,
 both measured in the same run; bytes count once in each pass, of which a training step has two, and

@@ -67,12 +67,9 @@ class Contestant:
 
     def prepare(self, case: Mapping[str, Any]) -> Answer:
         """Make the tensors, select, warm up and capture; says how the case will be timed."""
-        self._training = case["direction"] == "training"
-        with torch.set_grad_enabled(self._training), watching() as events:
-            layer = Case.from_dict(case).layer
-            torch.manual_seed(_SEED)
-            calls = [self._call(layer)]
-            calls[0]()
+        layer = Case.from_dict(case).layer
+        with watching() as events:
+            calls = [self._first_call(case)]
         explanation = dgrad.Explanation(events)
         clock = GraphClock if self._device.type == "cuda" else WallClock
         with torch.set_grad_enabled(self._training):
@@ -86,6 +83,11 @@ class Contestant:
             "not_captured": self._clock.problem,
             "selected": [_selected(selection) for selection in explanation.selections],
         }
+
+    def select(self, case: Mapping[str, Any]) -> Answer:
+        """Call once, which leaves the selections in the store."""
+        self._first_call(case)
+        return {}
 
     def sample(self) -> Answer:
         assert self._clock is not None
@@ -106,6 +108,15 @@ class Contestant:
             except RuntimeError:  # after an illegal access nothing works any more
                 self._spoiled = True
         return {"spoiled": self._spoiled}
+
+    def _first_call(self, case: Mapping[str, Any]) -> Call:
+        """The case's call, made once on tensors of its own."""
+        self._training = case["direction"] == "training"
+        with torch.set_grad_enabled(self._training):
+            torch.manual_seed(_SEED)
+            call = self._call(Case.from_dict(case).layer)
+            call()
+        return call
 
     def _call(self, layer: Layer) -> Call:
         """The forward pass, or with gradients the whole step, on tensors of standard normals."""

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 _GOODBYE_S = 10.0
@@ -37,6 +37,7 @@ class Process:
         arguments: of the command line.
         last_lines: how many of its last words are told if it ends before it answers.
         patience_s: seconds to wait for one answer; None waits for ever.
+        environment: variables over those of this process. Default none.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Process:
         *arguments: str,
         last_lines: int = 1,
         patience_s: float | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._command = (sys.executable, "-m", module, *arguments)
         self._last_lines = last_lines
         self._patience_s = patience_s
+        self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -61,7 +64,8 @@ class Process:
         # The worker finds the same packages as this process, however it found them, and none in
         # the current folder (before Python 3.11 it looks there too).
         path = os.pathsep.join(filter(None, sys.path))
-        environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+        own = self._environment
+        environment = {**os.environ, **own, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         self._words = tempfile.TemporaryFile()  # noqa: SIM115, closed by stop()
         self._process = subprocess.Popen(
             self._command,
