@@ -46,6 +46,8 @@ before_autograd = partial(
 
 def is_traced() -> bool:
     """Whether a dispatch mode is at work."""
+    if torch.compiler.is_dynamo_compiling():
+        return False  # PyTorch's compiler, up to 2.11 at least, fails at what follows
     return torch._C._len_torch_dispatch_stack() > 0 or before_autograd()
 
 
