@@ -182,7 +182,6 @@ def test_uses_and_hits_are_counted() -> None:
     assert (dgrad.plan_cache.hits, dgrad.plan_cache.misses) == (0, 0)
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # PyTorch 2.11's own
 def test_a_profiler_sees_each_call_and_what_was_selected() -> None:
     x, w, _ = (t.requires_grad_() for t in tensors())
 

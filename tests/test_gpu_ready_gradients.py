@@ -219,7 +219,6 @@ def test_only_the_gradients_that_are_asked_for_run(asked: tuple[int, ...]) -> No
     assert used(step) == 1 + len(asked)
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # PyTorch 2.11's own
 def test_the_gradient_of_the_bias_is_taken_last() -> None:
     """What its sum reads is in the cache then. A graph shows what native code has queued."""
     given = [t.requires_grad_() for t in tensors()]
