@@ -68,8 +68,8 @@ def test_other_strides_and_no_elements() -> None:
 
 def test_half_precision_adds_in_float32() -> None:
     """Parts beyond float16's range, of a sum within it."""
-    grad = torch.full((2, 64, 128, 128), 16.0, dtype=torch.float16)
-    grad[1] = -16.0
+    grad = torch.full((2, 64, 128, 128), 1024.0, dtype=torch.float16)
+    grad[1] = -1024.0
     for layout in (_NCHW, _NHWC):
         found = channel_sums(grad.contiguous(memory_format=layout))
         assert torch.equal(found, torch.zeros(64, dtype=torch.float16))

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dgrad
@@ -75,6 +76,31 @@ def test_want_of_memory_is_no_fault_of_a_bias_of_another_dtype() -> None:
     found = raised(dgrad.conv_transpose2d, x, W.double(), BIAS, stride=1000)
     assert "allocate" in str(expected)
     assert str(found) == str(expected)
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(None, None), (W, 3), (W.double(), None)])
+def test_a_wide_stride_hides_no_bad_argument(weight: Any, bias: Any) -> None:
+    with forward_ad.dual_level():
+        expected = raised(F.conv_transpose2d, X, weight, bias, 2000)
+        found = raised(dgrad.conv_transpose2d, X, weight, bias, 2000)
+    assert isinstance(found, type(expected)), f"{found!r} in place of {expected!r}"
+
+
+class _OwnError(RuntimeError):
+    pass
+
+
+class _Failing(TorchDispatchMode):
+    def __torch_dispatch__(self, *_: Any, **__: Any) -> Any:
+        raise _OwnError("no bias type")
+
+
+def test_the_error_of_a_mode_stays_what_it_is() -> None:
+    bias = BIAS.double()
+    with _Failing():
+        found = raised(dgrad.conv_transpose2d, X, W, bias)
+    assert type(found) is _OwnError
+    assert str(found) == "no bias type"
 
 
 def test_a_weight_that_autocast_leaves_is_told() -> None:

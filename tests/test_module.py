@@ -285,3 +285,12 @@ def test_gradients_arrive_at_the_same_parameters() -> None:
         assert found.grad is not None
         assert expected.grad is not None
         assert_same(found.grad, expected.grad)
+
+
+def test_a_fault_of_a_subclass_is_told_as_it_is() -> None:
+    class Faulty(dgrad.ConvTranspose2d):
+        def _output_padding(self, *_: Any, **__: Any) -> Any:
+            return {}["missing"]
+
+    with pytest.raises(KeyError, match=r"^'missing'$"):
+        Faulty(4, 2, 3)(torch.randn(1, 4, 3, 3), (5, 5))

@@ -58,6 +58,7 @@ def conv_transpose2d(
     numbers = (stride, padding, output_padding, groups, dilation)
     wide = widened(input, stride)
     if wide is not None:
+        check_tensors(input, weight, bias)  # what may come without a look, under transforms
         dtype = input.dtype
         if torch.is_autocast_enabled("cpu") and not dtype.is_complex:
             dtype = torch.get_autocast_dtype("cpu")
@@ -89,15 +90,14 @@ def _in_words(error: Exception, tensors: _Tensors, numbers: _Numbers) -> Excepti
         check_sizes(input, weight, bias, geometry, extra)
     except Exception as found:
         return found if isinstance(found, type(error)) else None
+    if type(error) not in (RuntimeError, NotImplementedError):  # not the operator's
+        return None
     words = (
         _no_kernel(input, error)
         or _too_large(input, weight, geometry, extra)
         or _other_dtype(input, weight, bias, error)
     )
-    if words is None or not isinstance(error, RuntimeError):
-        return None
-    lacks = isinstance(error, NotImplementedError)
-    return (NotImplementedError if lacks else RuntimeError)(words)
+    return None if words is None else type(error)(words)
 
 
 def _no_kernel(input: Tensor, error: Exception) -> str | None:
@@ -115,7 +115,7 @@ def _other_dtype(
 ) -> str | None:
     """On the CPU PyTorch adds some of another dtype and not others, and casts under autocast."""
     text = str(error)
-    if "type" not in text:
+    if not any(each in text for each in ("weight type", "bias type", "scalar type")):
         return None
     name, other = ("weight", weight) if "weight type" in text else ("bias", bias)
     if other is None or other.dtype is input.dtype:

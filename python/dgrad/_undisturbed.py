@@ -71,6 +71,7 @@ def undisturbed(call: object) -> Iterator[None]:
 
     Lazy layers are initialized by a first run, and take random numbers for that. Statistics that
     have begun with it begin anew: of PyTorch's lazy layers those of the norms alone have buffers.
+    A buffer that a run registers or fills stays, as does what else the module knows of it.
     """
     modules = _named(call)
     buffers = [
@@ -79,18 +80,12 @@ def undisturbed(call: object) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
     ]
     begun = {module for module, _, _, before in buffers if before is None}
-    # A scripted module's are no dict, and stay the same.
-    whole = [(m, dict(m._buffers)) for m in modules if isinstance(m._buffers, dict)]
     lazy = any(is_lazy(t) for m in modules for t in (*m.parameters(False), *m.buffers(False)))
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices, enabled=not lazy):
         try:
             yield
         finally:
-            for module, named in whole:
-                if module not in begun:
-                    module._buffers.clear()  # of what has come since, too
-                    module._buffers.update(named)
             for module, name, buffer, before in buffers:
                 if before is None:
                     continue

@@ -117,7 +117,8 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
                 )
             )
         except _TOLD as error:
-            if output_size is None or type(error) not in _TOLD:  # a subclass's own, or torch.fx's
+            replaced = type(self)._output_padding is not _OUTPUT_PADDING  # by a subclass
+            if output_size is None or replaced or type(error) not in _TOLD:  # torch.fx has its own
                 raise
             raise type(error)(_wrong_size(input, output_size, error)) from error
         if output_size is not None and any(isinstance(each, float) for each in chosen):
