@@ -115,7 +115,7 @@ def _other_dtype(
 ) -> str | None:
     """On the CPU PyTorch adds some of another dtype and not others, and casts under autocast."""
     text = str(error)
-    if not any(each in text for each in ("weight type", "bias type", "scalar type")):
+    if not any(f"{each} type" in text for each in ("weight", "bias", "scalar", "result")):
         return None
     name, other = ("weight", weight) if "weight type" in text else ("bias", bias)
     if other is None or other.dtype is input.dtype:
