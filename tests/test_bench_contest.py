@@ -161,6 +161,25 @@ def test_contestants_hold_a_case_together_and_are_sampled_in_alternating_order(
     assert (times["eager_ms"], times["host_us"], times["calls"]) == (7.0, 5.0, 4)
 
 
+def test_what_the_selector_says_is_told_and_costs_dgrads_times_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ask(self: object, do: str, **_: Any) -> dict[str, Any]:
+        if do == "select":
+            raise _process.Failure("RuntimeError: no such engine")
+        sample = {"device_ms": [1.0], "eager_ms": 1.0, "host_us": 1.0}
+        return {**sample, "calls": 1, "not_captured": None, "selected": [], "spoiled": False}
+
+    for name in ("start", "stop"):
+        monkeypatch.setattr(_process.Process, name, lambda *_, **__: None)
+    monkeypatch.setattr(_process.Process, "ask", ask)
+    (case,) = cases("layers", only="dcgan/G1")
+    with Contest(Settings(("torch",), rounds=1)) as running:
+        found = running.run(case)["contestants"]
+    assert found["dgrad"] == {"error": "RuntimeError: no such engine"}
+    assert found["torch"]["device_ms"]["median"] == 1.0
+
+
 def test_a_process_that_does_not_start_ends_the_run(
     monkeypatch: pytest.MonkeyPatch, module: Callable[[str], str]
 ) -> None:

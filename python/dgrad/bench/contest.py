@@ -6,13 +6,12 @@ alternating order: what the GPU's clock does hits all alike. Only one of them wo
 
 Note [Selector]
 dgrad selects in one process and is timed in another, which has the selection from the store, as any
-later process of a user has it. A selection runs hundreds of kernels, and in a process that has run
-so many each takes longer to begin: on an H200 by up to 0.35 us.
+later process of a user has it. In a process that has selected each kernel takes longer to begin, on
+an H200 by up to 0.35 us; most likely as a selection loads hundreds of them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -132,9 +131,9 @@ class Contest:
         errors: dict[str, str] = {}
         samples: dict[str, dict[str, list[float]]] = {}
         for name, worker in self._workers.items():
-            if name == OURS:
-                self._select(case)
             try:
+                if name == OURS:
+                    self._select(case)
                 answers[name] = worker.ask("prepare", case=case.to_dict())
                 samples[name] = {kind: [] for kind in _TIMES}
             except Failure as failure:
@@ -163,13 +162,13 @@ class Contest:
         }
 
     def _select(self, case: Case) -> None:
-        """Bring the case's selections into the store, see Note [Selector]."""
+        """Bring the case's selections into the store, see Note [Selector]. Raises Failure."""
         if self._selector is None:
             return
-        # Whatever fails here fails in the process that is timed too, which is asked for its words.
-        with contextlib.suppress(Failure):
+        try:
             self._selector.ask("select", case=case.to_dict())
-        _release(self._selector)
+        finally:
+            _release(self._selector)
 
 
 def _release(worker: Process) -> None:
