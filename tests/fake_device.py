@@ -13,6 +13,9 @@ from dgrad import measure as measuring
 from dgrad.measure import Contestant, measure
 
 ROUNDS = 5
+HOST_ROUNDS = 9
+
+Time = float | Callable[[int], float]
 
 
 def pretend_name(monkeypatch: pytest.MonkeyPatch, name: str = "NVIDIA Pretended 1") -> None:
@@ -61,10 +64,10 @@ class Device:
     def contestant(
         self,
         name: str,
-        time_ms: float | Callable[[int], float],
+        time_ms: Time,
         *,
-        device_ms: float | None = None,
-        host_ms: float = 0.0,
+        device_ms: Time | None = None,
+        host_ms: Time = 0.0,
         cold_ms: float = 0.0,
         check: Callable[[], None] = lambda: None,
     ) -> Contestant:
@@ -75,15 +78,15 @@ class Device:
         """
         runs = 0
 
+        def of(time_ms: Time) -> float:
+            return time_ms(runs) if callable(time_ms) else time_ms
+
         def run() -> None:
             nonlocal runs
             self.events.append(name)
-            if self.held and device_ms is not None:
-                self.now_ms += device_ms
-            else:
-                self.now_ms += time_ms(runs) if callable(time_ms) else time_ms
+            self.now_ms += of(time_ms if device_ms is None or not self.held else device_ms)
             self.now_ms += cold_ms if self.cold else 0.0
-            self.host_now_ms += host_ms
+            self.host_now_ms += of(host_ms)
             self.cold = False
             runs += 1
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dgrad.measure import Contestant, measure
-from fake_device import ROUNDS, Device, Failure, rounds, time
+from fake_device import HOST_ROUNDS, ROUNDS, Device, Failure, rounds, time
 
 DEVICE_RUNS = 3 * 10  # of each short one that is timed on the device, at most
 
@@ -81,19 +81,19 @@ def test_a_single_disturbed_sample_does_not_count(device: Device) -> None:
 
 
 @pytest.mark.parametrize("budget_s", [None, 3e-5])
-@pytest.mark.parametrize("sample", [0, 1])
-def test_a_disturbed_sample_of_a_short_run_does_not_count(
-    device: Device, budget_s: float | None, sample: int
+@pytest.mark.parametrize(
+    ("first", "count", "slow_ms"), [(0, 1, 0.1), (0, 2, 0.1), (0, 4, 0.025), (1, 8, 0.025)]
+)
+def test_disturbed_samples_of_a_short_run_do_not_count(
+    device: Device, budget_s: float | None, first: int, count: int, slow_ms: float
 ) -> None:
-    # Of 50 runs back to back after the first two; without budget there are two such samples.
-    first, last = 2 + 50 * sample, 52 + 50 * sample
-    disturbed = device.contestant("a", lambda run: 0.025 if first <= run < last else 0.01)
-    contestants = [disturbed, device.contestant("b", 0.0104)]
-    for each in contestants:
-        each.run = None
-    measure(contestants, budget_s, (Failure,))
+    # Two runs come before the first sample.
+    begin, end = 2 + 50 * first, 2 + 50 * (first + count)
+    disturbed = device.contestant("a", lambda run: slow_ms if begin <= run < end else 0.01)
+    measure([disturbed, device.contestant("b", 0.0104)], budget_s, (Failure,))
     assert disturbed.time_ms == pytest.approx(0.01)
     assert disturbed.device_ms is not None
+    assert rounds(disturbed) == HOST_ROUNDS
 
 
 def test_the_single_run_before_the_rounds_does_not_count(device: Device) -> None:
@@ -102,17 +102,18 @@ def test_the_single_run_before_the_rounds_does_not_count(device: Device) -> None
 
 
 @pytest.mark.parametrize(
-    ("time_ms", "runs"), [(5.0, 1), (0.9, 1), (0.5, 2), (0.125, 8), (0.021, 48), (0.001, 50)]
+    ("time_ms", "runs"), [(5.0, 1), (0.9, 1), (0.5, 2), (0.125, 8), (0.021, 24), (0.001, 50)]
 )
 def test_short_runs_are_timed_back_to_back(device: Device, time_ms: float, runs: int) -> None:
     time([device.contestant("a", time_ms), device.contestant("b", time_ms)])
     pairs = round(1 / (2 * time_ms))
     on_device = 0 if time_ms > 1 else min(DEVICE_RUNS, 3 * 2 * max(1, pairs))
-    assert device.count("a") == 2 + ROUNDS * runs + on_device
+    samples = HOST_ROUNDS if time_ms < 0.1 else ROUNDS
+    assert device.count("a") == 2 + samples * runs + on_device
     before = device.events.index("prepare b")
     order = [event for event in device.events[before + 3 :] if event != "hold"]
     changes = sum(one != other for one, other in pairwise(order))
-    assert changes <= 2 * (ROUNDS + 3) - 1, "the runs of one sample do not lie together"
+    assert changes <= 2 * (samples + 3) - 1, "the runs of one sample do not lie together"
 
 
 def test_the_time_of_one_alone_is_a_median_too(device: Device) -> None:
@@ -209,3 +210,17 @@ def test_the_first_look_at_slow_ones_is_repeated(device: Device) -> None:
     disturbed = device.contestant("a", lambda run: 5.0 if run == 1 else 1.0)
     assert time([disturbed, device.contestant("b", 1.0)]) == [1.0, 1.0]
     assert rounds(disturbed) == ROUNDS
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_and_again_where_the_host_was_what_took_long(device: Device, late: bool) -> None:
+    def slow(run: int) -> float:
+        return 50.0 if 1 <= run <= 3 else 1.0
+
+    disturbed = device.contestant("a", slow, host_ms=lambda run: 0.9 * slow(run))
+    slower = device.contestant("b", lambda run: 9.0 if run == 1 else 8.9, host_ms=0.1)
+    contestants = [slower, device.contestant("c", 1.0), disturbed]
+    measure(contestants[: 2 if late else 3], None, (Failure,), lambda: contestants[2:] * late)
+    assert disturbed.time_ms == pytest.approx(1.0)
+    assert len(disturbed.samples_ms) > 1
+    assert device.count("b") == 3, "it is slow by itself"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dgrad.exceptions import TorchOutOfMemoryError
-from fake_device import Device, Failure, time
+from fake_device import HOST_ROUNDS, Device, Failure, time
 
 
 def test_where_the_host_may_limit_the_close_ones_are_timed_on_the_device(device: Device) -> None:
@@ -18,7 +18,7 @@ def test_where_the_host_may_limit_the_close_ones_are_timed_on_the_device(device:
         pytest.approx(0.01),
         None,
     ]
-    assert device.count("hold") == 3 + 1, "a is slower than b by more than a quarter"
+    assert device.count("hold") == 3 + 2, "a is slower than b by more than a quarter"
 
 
 def test_then_those_that_the_host_may_have_slowed_are_timed_on_the_device(device: Device) -> None:
@@ -30,7 +30,19 @@ def test_then_those_that_the_host_may_have_slowed_are_timed_on_the_device(device
     ]
     assert time([*close, *far]) == [0.03, 0.03, 0.07, 0.08, 0.09]
     assert [len(each.device_samples_ms) for each in close] == [3, 3], "whatever the others take"
-    assert [len(each.device_samples_ms) for each in far] == [3, 1, 3]
+    assert [len(each.device_samples_ms) for each in far] == [3, 2, 3]
+
+
+@pytest.mark.parametrize("sample", range(3))
+def test_a_disturbed_sample_on_the_device_does_not_count(device: Device, sample: int) -> None:
+    begin = 2 + HOST_ROUNDS * 17 + 10 * sample  # 17 runs make a sample of 0.5 ms
+    disturbed = device.contestant(
+        "a", 0.03, device_ms=lambda run: 0.09 if begin <= run < begin + 10 else 0.02
+    )
+    time([disturbed, device.contestant("b", 0.03, device_ms=0.021)])
+    assert len(disturbed.device_samples_ms) == 3
+    assert max(disturbed.device_samples_ms) == pytest.approx(0.09)
+    assert disturbed.device_ms == pytest.approx(0.02)
 
 
 def test_where_the_budget_is_spent_the_close_ones_alone_are_timed_on_the_device(

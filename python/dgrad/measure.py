@@ -15,9 +15,13 @@ import torch
 
 from .exceptions import TorchOutOfMemoryError
 
+_LOOKS = 3  # at what the first would drop and the host may have disturbed
 _ROUNDS = 5
+_HOST_ROUNDS = 9  # where the host limits, which is disturbed more often than the device
+_HOST_JUDGED = 3  # before so many of them none leaves
 _SURE_ROUNDS = 2  # whatever the budget: a single run says little
 _SAMPLE_MS = 1.0  # a sample is so many runs back to back that it takes about this long
+_HOST_SAMPLE_MS = 0.5  # where the host limits: of more and shorter samples one is undisturbed
 _MAX_RUNS = 50
 _DROP_FACTOR = 4.0  # a candidate this much slower than the best by one run is not sampled again
 _LEAVE_FACTOR = 1.25  # by the samples of a round or more
@@ -76,30 +80,34 @@ class Contestant:
 
     @property
     def time_ms(self) -> float | None:
-        """The median of one run in milliseconds, None if it was not timed or failed."""
-        return self._median(self.samples_ms)
+        """One run in milliseconds, None if it was not timed or failed.
+
+        The median of its samples; where the host limits the least, as in :mod:`timeit`.
+        """
+        return self._of(self.samples_ms)
 
     @property
     def device_ms(self) -> float | None:
         """That of the device alone, see `sample_device`; None where it was not asked for."""
-        return self._median(self.device_samples_ms)
+        return self._of(self.device_samples_ms)
 
-    def _median(self, samples_ms: list[float]) -> float | None:
+    def _of(self, samples_ms: list[float]) -> float | None:
         if self.error is not None or not samples_ms:
             return None
         # The lower of two in the middle: what disturbs makes a run longer, never shorter.
-        return max(statistics.median_low(samples_ms), 1e-6)  # events can give 0
+        middle = min if self.host_limits else statistics.median_low
+        return max(middle(samples_ms), 1e-6)  # events can give 0
 
     def sample(self, runs: int) -> float:
         """Milliseconds of one of ``runs`` runs back to back."""
         assert self.run is not None
         start, end = _events()
-        start.record()
         begin = time.perf_counter()
+        start.record()
         for _ in range(runs):
             self.run()
-        host_ms = (time.perf_counter() - begin) * 1e3
         end.record()
+        host_ms = (time.perf_counter() - begin) * 1e3
         end.synchronize()
         sample_ms = float(start.elapsed_time(end))
         self.host_limits = sample_ms / runs <= _HOST_MS or host_ms > _HOST_SHARE * sample_ms
@@ -115,7 +123,7 @@ class Contestant:
         wanted = round(_SAMPLE_MS / max(2 * time_ms, 1e-3))
         pairs = [_events() for _ in range(max(1, min(_DEVICE_PAIRS, wanted)))]
         # The device is held back until the host has queued all runs.
-        hold_ms = 4 * len(pairs) * (time_ms if self.host_limits else _HOST_MS)
+        hold_ms = 6 * len(pairs) * (time_ms if self.host_limits else _HOST_MS)
         torch.cuda._sleep(int(hold_ms * _CYCLES_PER_MS))
         for start, end in pairs:
             flush()
@@ -161,6 +169,7 @@ def measure(
     joined = late()
     if joined:
         _begin(joined, lambda: False, errors)
+        _look_again([*timed, *joined], errors)
         timed = _within(_DROP_FACTOR, [*timed, *joined])
         timed = _sample_in_rounds(timed, order, spent, errors)
     host_limits = _host_limits(timed)
@@ -231,14 +240,17 @@ def _result(built: Future[Any], contestant: Contestant, errors: Errors) -> Any:
 
 
 def _look_again(contestants: Sequence[Contestant], errors: Errors) -> None:
-    """Threads that built disturbed the first look: another one at those that it would drop."""
-    fastest = _fastest_ms(contestants) or 0.0
-    for contestant in contestants:
-        if _DROP_FACTOR * fastest < (contestant.time_ms or 0.0) < _LONG_MS:
-            try:
-                contestant.samples_ms = [min(contestant.samples_ms[0], contestant.sample(1))]
-            except errors as error:
-                contestant.fail(error)
+    """Threads that built disturbed the first look: others at those that it would drop."""
+    for look in range(_LOOKS):
+        fastest = _fastest_ms(contestants) or 0.0
+        for contestant in contestants:
+            time_ms = contestant.time_ms or 0.0
+            again = contestant.host_limits or (look == 0 and time_ms < _LONG_MS)
+            if again and time_ms > _DROP_FACTOR * fastest:
+                try:
+                    contestant.samples_ms = [min(time_ms, contestant.sample(1))]
+                except errors as error:
+                    contestant.fail(error)
 
 
 def _fastest_ms(contestants: Sequence[Contestant]) -> float | None:
@@ -258,14 +270,13 @@ def _sample_in_rounds(
     if not timed:
         return timed
     first = {id(c): c.samples_ms[0] for c in timed}
-    sure = _SURE_ROUNDS if min(first.values()) < _LONG_MS else 0
-    for number in range(_ROUNDS):
-        if number >= sure and spent():
+    for number in range(_HOST_ROUNDS):
+        rounds, sure = _rounds(timed)
+        if number >= rounds or (number >= sure and spent()):
             break
         for contestant in order.sample(timed, len(timed)):
-            runs = max(1, min(_MAX_RUNS, round(_SAMPLE_MS / max(first[id(contestant)], 1e-3))))
             try:
-                sample_ms = contestant.sample(runs)
+                sample_ms = contestant.sample(_runs(first[id(contestant)]))
             except errors as error:
                 contestant.fail(error)
                 continue
@@ -276,15 +287,32 @@ def _sample_in_rounds(
     return timed
 
 
+def _runs(time_ms: float) -> int:
+    """How many runs are a sample."""
+    wanted_ms = _HOST_SAMPLE_MS if time_ms <= _HOST_MS else _SAMPLE_MS
+    return max(1, min(_MAX_RUNS, round(wanted_ms / max(time_ms, 1e-3))))
+
+
+def _rounds(timed: Sequence[Contestant]) -> tuple[int, int]:
+    """How many rounds, and how many of them whatever the budget."""
+    fastest, host_limits = _fastest_ms(timed) or 0.0, _host_limits(timed)
+    rounds = _HOST_ROUNDS if host_limits else _ROUNDS
+    if host_limits and fastest <= _CACHE_MS:
+        return rounds, rounds  # they take milliseconds
+    return rounds, _SURE_ROUNDS if fastest < _LONG_MS else 0
+
+
 def _host_limits(timed: Sequence[Contestant]) -> bool:
     return any(contestant.host_limits for contestant in timed)
 
 
-def _leave_factor(timed: Sequence[Contestant], samples: int = _ROUNDS) -> float:
+def _leave_factor(timed: Sequence[Contestant], samples: int = _HOST_ROUNDS) -> float:
     if not _host_limits(timed):
         return _LEAVE_FACTOR
-    # Where the host limits, what else it does may be all that a single sample shows.
-    return CLOSE if samples > 1 else 2 * CLOSE
+    # Where the host limits, what else it does may be all that a few samples show.
+    if samples < _HOST_JUDGED:
+        return math.inf
+    return CLOSE if samples >= _ROUNDS else 2 * CLOSE
 
 
 def _sample_device(
@@ -296,10 +324,10 @@ def _sample_device(
 ) -> float:
     """Time on the device alone those that the host, or the cache, may show in a wrong light.
 
-    Those that are far behind ``least``, of others, or the best of these leave after a sample.
+    Those that are far behind ``least``, of others, or the best of these leave after two samples.
     Returns the least of all.
     """
-    for _ in range(_DEVICE_SAMPLES):
+    for number in range(_DEVICE_SAMPLES):
         for contestant in order.sample(close, len(close)):
             try:
                 contestant.device_samples_ms.append(contestant.sample_device(flush))
@@ -309,7 +337,8 @@ def _sample_device(
                 contestant.fail(error)
         close = [c for c in close if c.device_ms is not None]
         least = min((least, *(c.device_ms or math.inf for c in close)))
-        close = [c for c in close if (c.device_ms or math.inf) <= _LEAVE_FACTOR * least]
+        if number > 0:  # a single one may be disturbed
+            close = [c for c in close if (c.device_ms or math.inf) <= _LEAVE_FACTOR * least]
     return least
 
 
