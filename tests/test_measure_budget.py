@@ -147,7 +147,7 @@ def test_while_one_is_built_others_are_timed(
 
 @settings(deadline=None, max_examples=100)
 @given(
-    times=st.lists(st.floats(0.01, 100), min_size=1, max_size=12),
+    times=st.lists(st.floats(0.01, 0.099) | st.floats(0.101, 100), min_size=1, max_size=12),
     budget_s=st.none() | st.floats(0, 2),
 )
 def test_whatever_the_times_those_that_are_reached_get_theirs(
@@ -160,7 +160,7 @@ def test_whatever_the_times_those_that_are_reached_get_theirs(
     for each, expected in zip(contestants, times, strict=True):
         assert (each.time_ms is not None) is each.reached
         assert each.time_ms is None or each.time_ms == pytest.approx(expected)
-    most = HOST_ROUNDS if min(times) <= 0.1 else ROUNDS
+    most = HOST_ROUNDS if min(times) < 0.1 else ROUNDS  # then the host may be what limits
     assert max(map(rounds, contestants)) <= most
     reached = [each.reached for each in contestants]
     assert reached == sorted(reached, reverse=True), "the promising ones come first"
